@@ -1,0 +1,37 @@
+# Two commands: `make table1` trains, attacks and tabulates; `make test` checks everything.
+PYTHON ?= python3
+export MPLBACKEND ?= agg
+
+.PHONY: table1 test notebooks readme clean
+table1: .venv/installed
+	@mkdir -p data/results
+	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - --stderr-file /dev/stderr $(ARGS)
+	@echo data/results/table1.ipynb
+
+test: .venv/installed
+	.venv/bin/nbdev_test --n_workers 1 --timing --skip_file_re '^[_.]|^(table|figure)'
+	.venv/bin/python -m pytest
+
+# Run the notebooks and keep their outputs, without what only scrolled by.
+notebooks: .venv/installed
+	.venv/bin/nbdev_export
+	for nb in $(or $(NB),nbs/[0-9]*.ipynb nbs/figure1.ipynb nbs/table1.ipynb nbs/index.ipynb); do \
+	  .venv/bin/jupyter nbconvert --to notebook --inplace --execute $$nb || exit 1; \
+	  .venv/bin/python -c "import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); [c.update(outputs=[o for o in c.outputs if o.get('name') != 'stderr']) for c in nb.cells if c.cell_type == 'code']; nbformat.write(nb, sys.argv[1])" $$nb; \
+	done
+	.venv/bin/nbdev_clean
+	$(MAKE) readme
+
+readme: .venv/installed
+	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | sed 's#\.\./data/#data/#g; s#(\([0-9a-z_]*\.ipynb\))#(nbs/\1)#g' > README.md
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "advdpnp needs Python 3.10 or newer, this is " + sys.version)'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	.venv/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info
