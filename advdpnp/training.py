@@ -134,7 +134,7 @@ class Trainer:
         self.epochs, self.lr, self.schedule, self.precision, self.seed = epochs, lr, schedule, precision, seed
         self.save_every, self.quiet, self.name = save_every, quiet, name or type(method).__name__
         self.epoch, self.batch, self.seconds = 0, 0, 0.0  # where we are
-        self.sums, self.history, self.best = {}, [], None
+        self.sums, self.history, self.best, self._latest = {}, [], None, {}
         self.criterion = "robust" if hasattr(method, "eps") else "clean"  # what makes an epoch the best
         self.config = {
             "method": {"class": type(method).__name__, **dataclasses.asdict(method)},
@@ -201,7 +201,7 @@ class Trainer:
         self.batch += 1
 
     def _check_finite(self):
-        if not torch.isfinite(self._latest["loss"]):
+        if self._latest and not torch.isfinite(self._latest["loss"]):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in self._latest.items())
             good = f"the last good checkpoint is {self.folder / 'state.pt'}" if self.folder and (self.folder / "state.pt").exists() else "there is no checkpoint"
             raise FloatingPointError(f"{self.name}: the loss is not finite at epoch {self.epoch + 1}, batch {self.batch}: {values}; {good}. A lower learning rate may help")
@@ -220,8 +220,7 @@ class Trainer:
 
     def _pause(self):
         "Save in the middle of an epoch."
-        if self.batch:
-            self._check_finite()
+        self._check_finite()
         now = time.monotonic()
         self.seconds += now - self._began
         self._began = now

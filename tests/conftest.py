@@ -1,0 +1,27 @@
+import os
+
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: threads would cost more than they give, most of all on a busy machine
+
+import pytest
+import torch
+
+from advdpnp.data import load_dataset, to_float
+from advdpnp.prototypes import PrototypeNet
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_dataset("digits")
+
+
+@pytest.fixture
+def batch(digits):
+    "64 digits and their labels."
+    return to_float(torch.from_numpy(digits.x_train[:64])), torch.from_numpy(digits.y_train[:64])
+
+
+@pytest.fixture
+def net(digits):
+    torch.manual_seed(0)
+    return PrototypeNet("cifar_resnet8", digits.num_classes, mean=digits.mean, std=digits.std)

@@ -1,0 +1,150 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from advdpnp.attacks import FGSM, PGD, ThreatModel
+from advdpnp.data import seeded
+
+
+class Linear(nn.Module):
+    "Two classes, logits linear in the pixels."
+
+    def __init__(self, shape):
+        super().__init__()
+        self.layer = nn.Linear(shape.numel(), 2)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (3, 5, 7)])
+@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1), PGD(0.1, step_size=0.01, steps=30, random_start=False)])
+def test_reaches_the_optimum_of_a_linear_model(shape, attack):
+    torch.manual_seed(0)
+    model, x, y = Linear(torch.Size(shape)), torch.rand(20, *shape), torch.randint(2, (20,))
+    wrong_minus_right = model.layer.weight[1 - y] - model.layer.weight[y]
+    optimum = (x + 0.1 * wrong_minus_right.view_as(x).sign()).clamp(0, 1)
+    x_adv = attack(model, x, y)
+    torch.testing.assert_close(x_adv, optimum, rtol=0, atol=1e-6)
+    assert F.cross_entropy(model(x_adv), y) > F.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("eps", [0.0, 2 / 255, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("make", [FGSM, lambda eps: PGD(eps, steps=7), lambda eps: PGD(eps, step_size=eps, steps=3)])
+def test_iterates_stay_inside(net, batch, eps, make):
+    x, y = batch[0][:16], batch[1][:16]
+    seen, forward = [], net.forward
+    net.forward = lambda images: (seen.append(images.detach().clone()), forward(images))[1]
+    seen.append(make(eps)(net, x, y))
+    for images in seen[1:]:  # the first look is at one clean image, to count the classes
+        assert (images - x).abs().max() <= eps + 1e-6
+        assert images.min() >= 0 and images.max() <= 1
+    if eps == 0:
+        assert torch.equal(seen[-1], x)
+
+
+class Careless(nn.Module):
+    "A model with everything an attack could disturb: batch-norm, dropout, a frozen part, a mixed mode."
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8)
+        self.drop, self.out = nn.Dropout(0.5), nn.Linear(8, 5)
+        self.frozen = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x):
+        return self.out(self.drop(self.norm(self.conv(x)).relu().mean((2, 3)))) + self.frozen
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1, steps=3)])
+def test_leaves_no_trace(channels, size, attack):
+    torch.manual_seed(0)
+    model = Careless(channels).train()
+    model.norm.eval()
+    x, y = torch.rand(size, channels, 8, 8), torch.randint(5, (size,))
+    model(x).sum().backward()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    flags, modes = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
+    x_before, random_state = x.clone(), torch.get_rng_state()
+
+    x_adv = attack(model, x, y)
+
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    for name, p in model.named_parameters():
+        assert (p.grad is None) if gradients[name] is None else torch.equal(p.grad, gradients[name])
+    assert flags == [p.requires_grad for p in model.parameters()] and modes == [m.training for m in model.modules()]
+    assert torch.equal(x, x_before) and not x.requires_grad and not x_adv.requires_grad
+    assert x_adv.shape == x.shape and not torch.equal(x_adv, x)
+
+
+def test_a_failing_model_is_put_back_too():
+    class Broken(Careless):
+        def forward(self, x):
+            raise RuntimeError("broken")
+
+    model = Broken(1).train()
+    with pytest.raises(RuntimeError, match="broken"):
+        FGSM(0.1)(model, torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
+    assert model.training and model.conv.weight.requires_grad
+
+
+def test_random_starts_come_from_the_generator(net, batch):
+    x, y = batch
+    attack = PGD(0.1, steps=0)
+    assert torch.equal(attack(net, x, y), attack(net, x, y))
+    assert not torch.equal(attack(net, x, y), PGD(0.1, steps=0, seed=1)(net, x, y))
+    generator = seeded("cpu", 0)
+    assert not torch.equal(attack(net, x, y, generator=generator), attack(net, x, y, generator=generator))
+
+
+def test_more_steps_are_stronger(net, batch):
+    x, y = batch
+    loss = lambda attack: F.cross_entropy(net(attack(net, x, y)), y).item()
+    net.eval()
+    noise, one, many = loss(PGD(0.2, steps=0)), loss(FGSM(0.2)), loss(PGD(0.2))
+    assert noise < one < many
+
+
+IMAGES, LABELS = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("x, y, message", [
+    (IMAGES * 2, LABELS, r"expected \[0, 1\]: normalise inside"),
+    (IMAGES - 0.5, LABELS, r"expected \[0, 1\]"),
+    (IMAGES * float("nan"), LABELS, "images range from nan"),
+    ((IMAGES * 255).byte(), LABELS, "images are torch.uint8"),
+    (IMAGES[0], LABELS, r"of shape \(1, 8, 8\), expected floats of shape \(B, C, H, W\)"),
+    (IMAGES, LABELS.float(), "labels are torch.float32"),
+    (IMAGES, LABELS[:1], r"labels are torch.int64 of shape \(1,\), expected int64 of shape \(2,\)"),
+    (IMAGES, torch.tensor([0, 10]), "labels range from 0 to 10, expected 0 to 9"),
+    (IMAGES, torch.tensor([-1, 3]), "labels range from -1 to 3"),
+])
+def test_bad_batches(net, x, y, message):
+    with pytest.raises(ValueError, match=message):
+        PGD(0.1)(net, x, y)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: PGD(-0.1), "eps is -0.1: expected 0 to 1"),
+    (lambda: FGSM(8), r"eps is 8: expected 0 to 1, the scale of the images \(8/255, not 8\)"),
+    (lambda: PGD(0.1, steps=-1), "steps is -1"),
+    (lambda: PGD(0.1, step_size=-1), "step_size is -1"),
+    (lambda: ThreatModel(0.1, "l_inf"), "unknown norm 'l_inf': did you mean 'linf'"),
+])
+def test_bad_attacks(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(net, batch):
+    x, y = (t.cuda() for t in batch)
+    net, state = net.cuda(), torch.cuda.get_rng_state()
+    x_adv = PGD(0.1)(net, x, y)
+    assert x_adv.is_cuda and (x_adv - x).abs().max() <= 0.1 + 1e-6
+    assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -1,0 +1,110 @@
+"Every loss against an independent computation in float64 NumPy."
+import numpy as np
+import pytest
+import torch
+
+from advdpnp import losses
+from advdpnp.baselines import DPNP, PGDAT, TRADES, LinearNet, Standard
+from advdpnp.losses import AdvDPNPLoss
+from advdpnp.prototypes import PrototypeHead
+from advdpnp.training import AdvDPNP
+
+
+def log_softmax(z):
+    shifted = z - z.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def cross_entropy(z, y):
+    return -log_softmax(z)[np.arange(len(y)), y].mean()
+
+
+def kl(z, z_adv):
+    p, q = log_softmax(z), log_softmax(z_adv)
+    return (np.exp(p) * (p - q)).sum(axis=1).mean()
+
+
+def alignment(f, y, c):
+    return np.mean([0.5 * np.sum((f[i] - c[y[i]]) ** 2) for i in range(len(y))])
+
+
+def repulsion(c):
+    nearest = []
+    for k in range(len(c)):
+        others = [c[k] @ c[j] / np.linalg.norm(c[k]) / np.linalg.norm(c[j]) for j in range(len(c)) if j != k]
+        nearest.append(max(others))
+    return np.mean(nearest)
+
+
+@pytest.fixture(params=range(5))
+def case(request):
+    rng = np.random.default_rng(request.param)
+    b, d, k = rng.integers(1, 40), rng.integers(2, 30), rng.integers(2, 12)
+    f, f_adv, y = rng.normal(size=(b, d)), rng.normal(size=(b, d)) * 2, rng.integers(0, k, b)
+    torch.manual_seed(request.param)
+    head = PrototypeHead(d, k, norm=float(rng.uniform(0.5, 5))).double()
+    return head, f, f_adv, y
+
+
+def same(ours, reference):
+    assert ours.item() == pytest.approx(reference, rel=1e-9, abs=1e-12)
+
+
+def test_terms_and_total(case):
+    head, f, f_adv, y = case
+    c = head.directions.detach().numpy()
+    c = head.norm * c / np.linalg.norm(c, axis=1, keepdims=True)
+    tf, tf_adv, ty = torch.from_numpy(f), torch.from_numpy(f_adv), torch.from_numpy(y)
+    z, z_adv = f @ c.T, f_adv @ c.T
+    expected = dict(ce=cross_entropy(z, y), alignment=alignment(f, y, c), repulsion=repulsion(c), adv_ce=cross_entropy(z_adv, y),
+                    adv_alignment=alignment(f_adv, y, c), consistency=kl(z, z_adv))
+    same(losses.positive_alignment(tf, ty, head.prototypes), expected["alignment"])
+    same(losses.negative_repulsion(head.prototypes), expected["repulsion"])
+    same(losses.consistency(head(tf), head(tf_adv)), expected["consistency"])
+
+    total, terms = AdvDPNPLoss(0.7, 0.4, 2.5)(head, tf, tf_adv, ty)
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        same(terms[name], value)
+    same(total, expected["ce"] + 0.7 * expected["alignment"] + 0.4 * expected["repulsion"]
+         + expected["adv_ce"] + 0.7 * expected["adv_alignment"] + 2.5 * expected["consistency"])
+
+
+def test_methods_from_images(digits, net, batch):
+    "The methods' own losses, from images, in evaluation mode so that the reference sees the same features."
+    x, y = batch[0].double(), batch[1]
+    x_adv = (x + 0.1 * torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    torch.manual_seed(0)
+    linear = LinearNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std).double().eval()
+    net = net.double().eval()
+    with torch.no_grad():
+        z, z_adv = linear(x).numpy(), linear(x_adv).numpy()
+        f, f_adv, c = net.features(x).numpy(), net.features(x_adv).numpy(), net.head.prototypes.numpy()
+        y_np = y.numpy()
+        same(Standard().loss(linear, x, x, y)[0], cross_entropy(z, y_np))
+        same(PGDAT(eps=0.1).loss(linear, x, x_adv, y)[0], cross_entropy(z_adv, y_np))
+        same(TRADES(eps=0.1, beta=6.0).loss(linear, x, x_adv, y)[0], cross_entropy(z, y_np) + 6 * kl(z, z_adv))
+        clean = cross_entropy(f @ c.T, y_np) + 0.3 * alignment(f, y_np, c) + 0.2 * repulsion(c)
+        same(DPNP(alignment=0.3, repulsion=0.2).loss(net, x, x, y)[0], clean)
+        same(AdvDPNP(eps=0.1, alignment=0.3, repulsion=0.2, consistency=4.0).loss(net, x, x_adv, y)[0],
+             clean + cross_entropy(f_adv @ c.T, y_np) + 0.3 * alignment(f_adv, y_np, c) + 4 * kl(f @ c.T, f_adv @ c.T))
+
+
+def test_trades_ascends_its_own_divergence(digits, batch):
+    "Against a plain transcription of the published algorithm, from the same noise."
+    x, y = batch
+    torch.manual_seed(0)
+    model = LinearNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std).eval()
+    generator = torch.Generator().manual_seed(5)
+    torch.randint(2**31, (), generator=generator)  # the draw that seeds randomness inside the model
+    noise = torch.randn(x.shape, generator=generator)
+    reference = (x + 0.001 * noise).clamp(0, 1)
+    for _ in range(5):
+        reference = reference.detach().requires_grad_()
+        divergence = torch.nn.functional.kl_div(model(reference).log_softmax(1), model(x).softmax(1).detach(), reduction="sum")
+        gradient, = torch.autograd.grad(divergence, reference)
+        reference = reference.detach() + 0.05 * gradient.sign()
+        reference = torch.min(torch.max(reference, x - 0.2), x + 0.2).clamp(0, 1)
+    ours = TRADES(eps=0.2, steps=5).craft(model, x, y, torch.Generator().manual_seed(5))
+    assert (ours - reference).abs().mean() < 1e-3  # a sign may flip where the gradient is all but zero
+

@@ -1,0 +1,99 @@
+"The main job, as a user runs it."
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAPERMILL = Path(sys.executable).parent / "papermill"
+
+
+def papermill(folder, *parameters, output=None, **kwargs):
+    command = [PAPERMILL, "nbs/table1.ipynb", *([output] if output else []), "-p", "data_dir", str(folder), "-p", "device", "cpu", "--no-progress-bar"]
+    for name, value in zip(parameters[::2], parameters[1::2]):
+        command += ["-p", name, str(value)]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
+
+
+def finish(process):
+    out, log = process.communicate()
+    assert process.returncode == 0, log[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quick")
+    began = time.monotonic()
+    finish(papermill(folder, output=folder / "out.ipynb"))
+    return folder, time.monotonic() - began
+
+
+def records(folder):
+    return {r["method"]: r for r in json.loads((folder / "results/table1.quick.json").read_text())}
+
+
+def test_the_table_and_its_bars(quick):
+    folder, _ = quick
+    table = pd.read_csv(folder / "results/table1.quick.csv").set_index("method")
+    assert list(table.index) == ["standard", "PGD-AT", "TRADES", "DPNP", "Adv-DPNP"]
+    assert {"clean", "fgsm", "pgd20", "worst", "clean_std", "n_seeds"} <= set(table.columns)
+    ours = table.loc["Adv-DPNP"]
+    assert ours.pgd20 >= table.loc["standard"].pgd20 + 40
+    assert ours.clean >= table.loc[["PGD-AT", "TRADES"]].clean.max() - 0.5
+    assert table.loc[["standard", "DPNP"]].pgd20.max() < 10 and table.clean.min() > 90
+    for name, record in records(folder).items():
+        assert record["curve"]["accuracy"][-1] < 15  # a budget of 0.5 leaves nothing
+        assert record["seed"] == 0 and record["config"]["seed"] == 0 and record["device"].startswith("CPU")
+        assert len(record["data_sha256"]) == len(record["best"]["sha256"]) == 64
+    for suffix in ("csv", "last.csv", "md", "json", "training.png", "budget.png", "images.png"):
+        assert (folder / f"results/table1.quick.{suffix}").stat().st_size > 100
+
+
+def test_a_second_run_reuses_the_records(quick):
+    folder, _ = quick
+    before = (folder / "results/table1.quick.csv").read_text(), records(folder)
+    began = time.monotonic()
+    finish(papermill(folder))  # no output path: the notebook goes to standard output
+    assert time.monotonic() - began < 30
+    assert ((folder / "results/table1.quick.csv").read_text(), records(folder)) == before
+
+
+def test_killed_and_resumed_it_ends_with_the_same_numbers(quick, tmp_path):
+    folder, _ = quick
+    process = papermill(tmp_path, "methods", "PGD-AT, TRADES")
+    while len(list(tmp_path.rglob("state.pt"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)
+    import os
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.rglob("result.json"))
+    deadline = time.monotonic() + 10  # the kernel and its workers see that their parent is gone
+    time.sleep(3)
+    finish(papermill(tmp_path, "methods", "PGD-AT, TRADES"))
+    for name, record in records(tmp_path).items():
+        whole = records(folder)[name]
+        for which in ("best", "last"):
+            assert record[which]["sha256"] == whole[which]["sha256"]
+            assert record[which]["metrics"] == whole[which]["metrics"]
+        assert record["curve"] == whole["curve"]
+
+
+def test_the_same_notebook_takes_steps_on_cifar10(tmp_path):
+    "An archive with CIFAR-10's shape, cifar_resnet18, preset fast, and a clock: it stops in time and says what is left."
+    rng = np.random.default_rng(0)
+    images = lambda n: rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10.npz", x_train=images(3000), y_train=np.arange(3000) % 10, x_test=images(20), y_test=np.arange(20) % 10)
+    output = tmp_path / "out.ipynb"
+    finish(papermill(tmp_path, "dataset", "cifar10", "preset", "fast", "methods", "standard", "minutes", 0.2, output=output))
+    assert "not finished yet: standard" in output.read_text()
+    assert list((tmp_path / "runs/cifar10/standard-cifar_resnet18-fast-s0").glob("state.pt"))

@@ -1,0 +1,208 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from advdpnp.attacks import PGD
+from advdpnp.baselines import METHODS, make_net
+from advdpnp.prototypes import PrototypeNet
+from advdpnp.runs import Ledger, config_hash, make_config
+from advdpnp.training import AdvDPNP, Trainer
+
+WORKER = """
+import sys, torch
+torch.set_num_threads(1)
+from advdpnp.runs import Ledger, make_config
+Ledger(sys.argv[1], device="cpu").run(make_config("Adv-DPNP", "quick", device="cpu", epochs=3, steps=2))
+"""
+CONFIG = dict(method="Adv-DPNP", preset="quick", device="cpu", epochs=3, steps=2)
+
+
+def worker(folder):
+    return subprocess.Popen([sys.executable, "-c", WORKER, str(folder)], stderr=subprocess.PIPE, text=True)
+
+
+def numbers(folder):
+    "What a run came to, without the clock."
+    record = Ledger(folder, device="cpu").result(make_config(**CONFIG))
+    history = [{k: v for k, v in line.items() if k != "seconds"} for line in record["history"]]
+    return history, *[(record[which]["sha256"], record[which]["metrics"], record[which]["logits"]) for which in ("best", "last")], record["curve"]
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory):
+    "A run that nobody disturbed."
+    folder = tmp_path_factory.mktemp("through")
+    process = worker(folder)
+    _, log = process.communicate()
+    assert process.returncode == 0, log
+    return numbers(folder), log
+
+
+def test_same_seed_same_bits(through, tmp_path):
+    assert worker(tmp_path).wait() == 0
+    assert numbers(tmp_path) == through[0]
+
+
+@pytest.mark.parametrize("wait_for", ["config.json", "state.pt", "metrics.jsonl"])
+def test_killed_at_any_point(through, tmp_path, wait_for):
+    "Kill -9 as soon as a file appears, again and again, until the run gets through."
+    for attempt in range(8):
+        process = worker(tmp_path)
+        while process.poll() is None and not (attempt < 2 and list(tmp_path.rglob(wait_for))):
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        else:
+            break
+    assert process.returncode == 0
+    assert numbers(tmp_path) == through[0]
+
+
+def test_log_has_a_line_an_epoch(through):
+    lines = [line for line in through[1].splitlines() if "epoch" in line]
+    assert len(lines) == 3
+    for n, line in enumerate(lines, 1):
+        assert f"Adv-DPNP s0 epoch {n}/3 17/17" in line
+        for word in ("loss", "consistency", "val clean", "robust", "left"):
+            assert word in line
+
+
+def trainer(digits, folder=None, **settings):
+    torch.manual_seed(0)
+    net = PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std)
+    return Trainer(net, AdvDPNP(eps=0.2, steps=1), digits, folder=folder, device="cpu", quiet=True, **(dict(epochs=2, val_attack=PGD(0.2, steps=1)) | settings))
+
+
+def test_time_limit_and_exact_resume_in_the_middle_of_an_epoch(digits, tmp_path):
+    class Clock:
+        "Stops a run after a number of batches."
+        def __init__(self, batches): self.batches = batches
+        def craft(self, net, x, y, generator):
+            if self.batches == 0:
+                raise KeyboardInterrupt
+            self.batches -= 1
+            return AdvDPNP(eps=0.2, steps=1).craft(net, x, y, generator)
+        loss = AdvDPNP(eps=0.2, steps=1).loss
+
+    through = trainer(digits)
+    through.fit()
+    stopped = trainer(digits, tmp_path, save_every=0.0)
+    stopped.method = Clock(13)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    resumed = trainer(digits, tmp_path)
+    assert (resumed.epoch, resumed.batch) == (1, 4)  # 9 batches an epoch
+    assert resumed.fit(time_limit=0) is False
+    assert resumed.fit() is True
+    assert all(torch.equal(v, resumed.weights("last")[k]) for k, v in through.weights("last").items())
+    assert all(torch.equal(v, resumed.weights("best")[k]) for k, v in through.weights("best").items())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[-1]["loss"] == through.history[-1]["loss"]
+
+
+def test_the_test_images_are_never_seen(digits):
+    t = trainer(digits)
+    test = {image.tobytes() for image in digits.x_test} - {image.tobytes() for image in digits.x_train}
+    for loader in (t.loader, t.val_loader):
+        assert not test & {image.numpy().tobytes() for image in loader.x}
+
+
+def test_global_randomness_is_left_alone(digits):
+    t, state = trainer(digits), torch.get_rng_state()
+    t.fit()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_step_on_colour_images(method):
+    from advdpnp.data import Dataset
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    data = Dataset("colour", rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), np.arange(40) % 4, rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), np.arange(8) % 4)
+    cls = METHODS[method]
+    net = make_net(method, "cifar_resnet8", 4, data.mean, data.std)
+    before = net.backbone.conv1.weight.detach().clone()
+    t = Trainer(net, cls(**({"eps": 8 / 255, "steps": 1} if "eps" in cls.__dataclass_fields__ else {})), data, epochs=1, batch_size=16, device="cpu", quiet=True)
+    assert t.fit() and t.config["flip"] and t.config["padding"] == 2
+    assert not torch.equal(before, net.backbone.conv1.weight)
+
+
+def test_a_folder_of_another_run_is_refused_and_untouched(digits, tmp_path):
+    trainer(digits, tmp_path).fit()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for settings, message in [(dict(lr=0.05), "lr is 0.1 there, 0.05 here"), (dict(epochs=3), "epochs is 2 there, 3 here"), (dict(seed=4), "seed is 0 there, 4 here")]:
+        with pytest.raises(ValueError, match=f"holds another run: .*{message}.*Choose another folder"):
+            trainer(digits, tmp_path, **settings)
+    torch.manual_seed(0)
+    wider = PrototypeNet("cifar_resnet8", 10, norm=5.0, mean=digits.mean, std=digits.std)
+    with pytest.raises(ValueError, match="net.head is .*norm=2.4.* there, .*norm=5"):
+        Trainer(wider, AdvDPNP(eps=0.2, steps=1), digits, folder=tmp_path, epochs=2, val_attack=PGD(0.2, steps=1), device="cpu")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-500], lambda b: b[:20000] + bytes(200) + b[20200:], lambda b: b""])
+def test_a_damaged_state_is_named(digits, tmp_path, damage):
+    trainer(digits, tmp_path).fit(time_limit=0)
+    path = tmp_path / "state.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="state.pt is damaged .*: delete"):
+        trainer(digits, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(digits, tmp_path):
+    t = trainer(digits, tmp_path, epochs=3)
+    t.epochs = 1
+    t.fit()
+    good = (tmp_path / "state.pt").read_bytes()
+    t.epochs, t.lr = 3, float("inf")
+    with pytest.raises(FloatingPointError, match=r"AdvDPNP: the loss is not finite at epoch 2, batch \d: loss .*, ce .*state.pt"):
+        t.fit()
+    assert (tmp_path / "state.pt").read_bytes() == good
+    assert torch.isfinite(trainer(digits, tmp_path, epochs=3).weights("last")["head.directions"]).all()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: make_config("ADVDPNP", "quick", device="cpu"), "unknown method 'ADVDPNP'.*There are: standard, PGD-AT, TRADES, DPNP, Adv-DPNP"),
+    (lambda: make_config("Trades", "quick", device="cpu"), "did you mean 'TRADES'"),
+    (lambda: make_config("TRADES", "qiuck", device="cpu"), "unknown preset 'qiuck': did you mean 'quick'"),
+    (lambda: make_config("TRADES", "quick", device="cpu", alignment=1), "unknown parameter 'alignment'"),
+    (lambda: make_config("PGD-AT", "quick", device="cpu", epoch=1), "unknown parameter 'epoch': did you mean 'epochs'"),
+])
+def test_bad_configurations(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_bad_runs_leave_nothing(tmp_path):
+    ledger = Ledger(tmp_path, device="cpu")
+    for changes, message in [(dict(dataset="digitz"), "unknown data set 'digitz': did you mean 'digits'"), (dict(arch="cifar_resnet9"), "unknown architecture 'cifar_resnet9'"),
+                             (dict(eps=-0.1), "eps is -0.1"), (dict(schedule="cosine"), "unknown schedule"), (dict(norm=-2.0), "norm is -2.0"), (dict(val_size=5000), "cannot hold 5000")]:
+        with pytest.raises(ValueError, match=message):
+            ledger.run(make_config("Adv-DPNP", "quick", device="cpu", **changes))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="train this run first"):
+        ledger.model(make_config("Adv-DPNP", "quick", device="cpu"))
+
+
+def test_configurations_that_differ_have_folders_and_hashes_that_differ(tmp_path):
+    ledger = Ledger(tmp_path, device="cpu")
+    configs = [make_config("Adv-DPNP", "quick", device="cpu", **c) for c in ({}, dict(norm=5.0), dict(lr=0.3), dict(lr=0.3, norm=5.0), dict(seed=1))]
+    assert len({ledger.folder(c) for c in configs}) == len({config_hash(c) for c in configs}) == len(configs)
+    assert ledger.folder(configs[0]) == tmp_path / "runs/digits/Adv-DPNP-cifar_resnet8-quick-s0"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_in_bf16_and_resumes(digits, tmp_path):
+    torch.manual_seed(0)
+    make = lambda: Trainer(PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std), AdvDPNP(eps=0.2, steps=2), digits,
+                           epochs=4, device="cuda", precision="bf16", folder=tmp_path, quiet=True)
+    assert make().fit(time_limit=0.5) in (True, False)
+    resumed = make()
+    assert resumed.fit() and resumed.history[-1]["clean"] > 50
