@@ -5,7 +5,7 @@ export MPLBACKEND ?= agg
 .PHONY: table1 test notebooks readme clean
 table1: .venv/installed
 	@mkdir -p data/results
-	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - --stderr-file /dev/stderr $(ARGS)
+	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - --stderr-file - $(ARGS)
 	@echo data/results/table1.ipynb
 
 test: .venv/installed

@@ -6,15 +6,14 @@
 __all__ = ['ThreatModel', 'untouched', 'check_images', 'check_labels', 'ascend', 'PGD', 'FGSM']
 
 # %% ../nbs/40_attacks.ipynb #c002
-import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .data import one_of, seeded
+from .data import one_of, own_randomness, seeded
 
 # %% ../nbs/40_attacks.ipynb #c005
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ def untouched(
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     seed = torch.randint(2**31, (), generator=generator, device=generator.device)
-    with torch.random.fork_rng(devices=[generator.device] if generator.device.type == "cuda" else []):
-        torch.manual_seed(int(seed))
+    with own_randomness(generator.device, int(seed)):
         model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
@@ -65,7 +63,7 @@ def untouched(
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
-# %% ../nbs/40_attacks.ipynb #c009
+# %% ../nbs/40_attacks.ipynb #c011
 def check_images(
     x: torch.Tensor,  # (B, C, H, W) floats in [0, 1]
     y: torch.Tensor,  # (B,) int64
@@ -88,7 +86,7 @@ def check_labels(
     if len(y) and not (0 <= y.min() and y.max() < num_classes):
         raise ValueError(f"labels range from {y.min()} to {y.max()}, expected 0 to {num_classes - 1}, the model's classes")
 
-# %% ../nbs/40_attacks.ipynb #c012
+# %% ../nbs/40_attacks.ipynb #c014
 def ascend(
     objective,  # images -> scalar to increase, a sum over the batch
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]: the centre of the ball
@@ -98,14 +96,15 @@ def ascend(
     steps: int,
 ) -> torch.Tensor:  # (B, C, H, W), the last iterate
     "Projected ascent along the sign of the gradient."
-    x_adv = start.detach()
+    x, x_adv = x.detach(), start.detach()
     for _ in range(steps):
-        x_adv.requires_grad_()
-        gradient, = torch.autograd.grad(objective(x_adv), x_adv)
+        with torch.enable_grad():
+            x_adv.requires_grad_()
+            gradient, = torch.autograd.grad(objective(x_adv), x_adv)
         x_adv = threat.project(x_adv.detach() + step_size * gradient.sign(), x)
     return x_adv
 
-# %% ../nbs/40_attacks.ipynb #c016
+# %% ../nbs/40_attacks.ipynb #c018
 @dataclass(frozen=True)
 class PGD:
     "Projected gradient ascent on the cross-entropy (Madry et al., ICLR 2018)."
@@ -133,7 +132,8 @@ class PGD:
         threat = ThreatModel(self.eps)
         with untouched(model, generator):
             start = threat.random_start(x, generator) if self.random_start else x
-            return ascend(lambda x_adv: F.cross_entropy(model(x_adv), y, reduction="sum"), x, start, threat, self.step_size, self.steps)
+            loss = lambda x_adv: F.cross_entropy(model(x_adv), y, reduction="sum")
+            return ascend(loss, x, start, threat, self.step_size, self.steps)
 
     def __call__(
         self,
@@ -144,18 +144,20 @@ class PGD:
     ) -> torch.Tensor:  # (B, C, H, W), within eps of x and in [0, 1]
         "Adversarial images for `x`; the model is left as it was found."
         check_images(x, y)
+        x = x.detach()
         generator = seeded(x.device, self.seed) if generator is None else generator
         with torch.no_grad(), untouched(model, generator):
             check_labels(y, model(x[:1]).shape[1])
         return self.perturb(model, x, y, generator)
 
-# %% ../nbs/40_attacks.ipynb #c017
+# %% ../nbs/40_attacks.ipynb #c020
 @dataclass(frozen=True)
 class FGSM(PGD):
     "One step of size eps along the sign of the gradient, from the image itself (Goodfellow et al., ICLR 2015)."
 
-    steps: int = 1
-    random_start: bool = False
+    step_size: float | None = field(init=False, default=None)
+    steps: int = field(init=False, default=1)
+    random_start: bool = field(init=False, default=False)
     name = "fgsm"
 
     def __post_init__(self):

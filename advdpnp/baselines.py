@@ -7,7 +7,6 @@ __all__ = ['METHODS', 'PROTOTYPE_METHODS', 'CLEAN_METHODS', 'LinearNet', 'Standa
 
 # %% ../nbs/55_baselines.ipynb #c002
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn

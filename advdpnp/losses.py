@@ -26,7 +26,8 @@ def negative_repulsion(
 ) -> torch.Tensor:  # scalar, from -1 / (K - 1), the regular simplex, to 1
     "Cosine of each prototype with its nearest other one, mean over the classes."
     directions = F.normalize(prototypes, dim=1)
-    cosines = (directions @ directions.T).fill_diagonal_(-torch.inf)
+    with torch.autocast(prototypes.device.type, enabled=False):  # bf16 could not tell the nearest from the next
+        cosines = (directions @ directions.T).fill_diagonal_(-torch.inf)
     return cosines.amax(1).mean()
 
 # %% ../nbs/30_losses.ipynb #c013

@@ -48,13 +48,14 @@ class PrototypeHead(nn.Module):
         detach: bool = False,  # stop gradients to the prototypes
     ) -> torch.Tensor:  # (B, K)
         "The logits z = f C^T."
-        prototypes = self.prototypes
-        return features @ (prototypes.detach() if detach else prototypes).T
+        prototypes = self.prototypes.detach() if detach else self.prototypes
+        with torch.autocast(features.device.type, enabled=False):  # bf16 would blur the cosines
+            return features.to(prototypes.dtype) @ prototypes.T
 
     def extra_repr(self):
         return f"in_features={self.in_features}, num_classes={self.num_classes}, norm={self.norm:.4g}"
 
-# %% ../nbs/20_prototypes.ipynb #c008
+# %% ../nbs/20_prototypes.ipynb #c009
 def auto_norm(
     num_classes: int,  # K
     confidence: float = 0.99,  # p: what the right class gets when features and prototypes are ideal
@@ -64,7 +65,7 @@ def auto_norm(
         raise ValueError(f"confidence is {confidence}: expected more than chance, 1/{num_classes}, and less than 1")
     return math.sqrt((num_classes - 1) / num_classes * math.log(confidence * (num_classes - 1) / (1 - confidence)))
 
-# %% ../nbs/20_prototypes.ipynb #c009
+# %% ../nbs/20_prototypes.ipynb #c011
 def regular_simplex(
     num_classes: int,  # K
     in_features: int,  # d, at least K - 1
@@ -76,7 +77,7 @@ def regular_simplex(
     points = torch.linalg.svd(centred)[0][:, : num_classes - 1]  # the same points, in the K - 1 dimensions they span
     return F.pad(F.normalize(points, dim=1), (0, in_features - num_classes + 1)).float()
 
-# %% ../nbs/20_prototypes.ipynb #c019
+# %% ../nbs/20_prototypes.ipynb #c021
 class Classifier(nn.Module):
     "Images in [0, 1] to logits: normalise, backbone, head."
 
@@ -97,13 +98,15 @@ class Classifier(nn.Module):
         x: torch.Tensor,  # (B, C, H, W) in [0, 1]
     ) -> torch.Tensor:  # (B, d)
         "The features of images."
-        return self.backbone((x - self.mean) / self.std)
+        return self.backbone((x - self.mean) / self.std).to(self.mean.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "The logits of images."
-        return self.head(self.features(x))
+        features = self.features(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(features)
 
-# %% ../nbs/20_prototypes.ipynb #c020
+# %% ../nbs/20_prototypes.ipynb #c025
 def make_backbone(
     backbone: str | nn.Module,  # a timm name, or a module that returns pooled features
     channels: int = 3,  # of the images, if `backbone` is a name
@@ -118,7 +121,7 @@ def make_backbone(
             return backbone, getattr(backbone, name)
     raise ValueError(f"{type(backbone).__name__} does not say how many features it returns: give it an attribute num_features")
 
-# %% ../nbs/20_prototypes.ipynb #c021
+# %% ../nbs/20_prototypes.ipynb #c027
 class PrototypeNet(Classifier):
     "A backbone with a `PrototypeHead`."
 

@@ -102,6 +102,15 @@ def test_random_starts_come_from_the_generator(net, batch):
     assert not torch.equal(attack(net, x, y, generator=generator), attack(net, x, y, generator=generator))
 
 
+def test_gradients_of_the_caller_do_not_matter(net, batch):
+    x, y = batch
+    expected = PGD(0.1, steps=3)(net, x, y)
+    with torch.no_grad():
+        assert torch.equal(PGD(0.1, steps=3)(net, x, y), expected)
+    tracked = PGD(0.1, steps=3)(net, x.clone().requires_grad_(), y)
+    assert torch.equal(tracked, expected) and not tracked.requires_grad
+
+
 def test_more_steps_are_stronger(net, batch):
     x, y = batch
     loss = lambda attack: F.cross_entropy(net(attack(net, x, y)), y).item()

@@ -6,6 +6,7 @@ from scipy.stats import binomtest
 
 from advdpnp.attacks import FGSM, PGD
 from advdpnp.evaluation import evaluate, robustness_curve, wilson
+from advdpnp.training import AdvDPNP, Trainer, full_precision
 
 
 @pytest.mark.parametrize("correct, n", [(0, 1), (1, 1), (0, 500), (3, 500), (250, 500), (499, 500), (500, 500), (8231, 10000)])
@@ -70,6 +71,19 @@ def test_worst_case_is_taken_image_by_image(digits):
 
 
 def test_budget_curve_starts_at_clean_and_ends_at_nothing(net, digits):
-    curve = robustness_curve(net, digits, [0.1, 0.5], steps=5, images=50, quiet=True)
-    clean = evaluate(net, digits, images=50, quiet=True)["metrics"]["clean"]["accuracy"]
-    assert curve["eps"] == [0, 0.1, 0.5] and curve["accuracy"][0] == clean and curve["n"] == 50
+    Trainer(net, AdvDPNP(eps=0.2, steps=2), digits, epochs=3, batch_size=64, padding=0, device="cpu", quiet=True).fit()
+    curve = robustness_curve(net, digits, [0.1, 0.5], images=100, quiet=True)
+    clean = evaluate(net, digits, images=100, quiet=True)["metrics"]["clean"]["accuracy"]
+    assert curve["eps"] == [0, 0.1, 0.5] and curve["accuracy"][0] == clean and curve["n"] == 100
+    assert clean > 60 and curve["accuracy"][0] > curve["accuracy"][1] > curve["accuracy"][2] and curve["accuracy"][2] < 5
+
+
+def test_a_user_s_precision_is_respected_and_restored():
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        with full_precision():
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before

@@ -65,12 +65,12 @@ def test_stored_outputs_hold_no_errors_and_no_paths_of_a_machine(path):
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[0].isdigit()], ids=lambda p: p.stem)
 def test_exported_cells_are_followed_by_a_lesson(path):
-    "Between two exported cells that define something stands one that runs it; helpers of one idea may share a cell."
-    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    kinds = ["export" if "".join(c["source"]).startswith("#| export") else "lesson" for c in cells]
-    definitions = sum(k == "export" for k in kinds) - 1  # without the imports
-    lessons = sum(k == "lesson" for k, c in zip(kinds, cells) if any(word in "".join(c["source"]) for word in ("assert", "test_")))
-    assert lessons >= 0.6 * definitions
+    "After an exported cell that defines something comes one that shows it."
+    cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    defines = [cell.startswith("#| export") and bool(re.search(r"^(def|class|@)", cell, re.M)) for cell in cells]
+    alone = [cells[i].splitlines()[1:4] for i in range(len(cells)) if defines[i] and (i + 1 == len(cells) or cells[i + 1].startswith("#| export"))]
+    allowed = {"80_runs": 3}.get(path.stem, 0)  # the ledger, its helpers and its provenance are shown by one run
+    assert len(alone) <= allowed, alone
 
 
 def test_readme_is_the_index_notebook():

@@ -1,6 +1,6 @@
 "The main job, as a user runs it."
 import json
-import shutil
+import os
 import signal
 import subprocess
 import sys
@@ -36,8 +36,8 @@ def quick(tmp_path_factory):
     return folder, time.monotonic() - began
 
 
-def records(folder):
-    return {r["method"]: r for r in json.loads((folder / "results/table1.quick.json").read_text())}
+def records(folder, name="table1.quick"):
+    return {r["method"]: r for r in json.loads((folder / f"results/{name}.json").read_text())}
 
 
 def test_the_table_and_its_bars(quick):
@@ -73,19 +73,24 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers(quick, tmp_path):
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(3)
-    import os
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not list(tmp_path.rglob("result.json"))
-    deadline = time.monotonic() + 10  # the kernel and its workers see that their parent is gone
-    time.sleep(3)
+    time.sleep(3)  # workers outside the group see that their parent is gone
     finish(papermill(tmp_path, "methods", "PGD-AT, TRADES"))
-    for name, record in records(tmp_path).items():
+    for name, record in records(tmp_path, "table1.quick.partial").items():
         whole = records(folder)[name]
         for which in ("best", "last"):
             assert record[which]["sha256"] == whole[which]["sha256"]
             assert record[which]["metrics"] == whole[which]["metrics"]
         assert record["curve"] == whole["curve"]
+
+
+def test_an_unknown_parameter_stops_it(tmp_path):
+    process = papermill(tmp_path, "datset", "cifar10")
+    _, log = process.communicate()
+    assert process.returncode != 0 and "unknown parameter 'datset': did you mean 'dataset'" in log
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_notebook_takes_steps_on_cifar10(tmp_path):
