@@ -30,7 +30,7 @@ class CifarResNet(ResNet):
         for stage in range(len(layers), 4):
             self.add_module(f"layer{stage + 1}", nn.Identity())
 
-# %% ../nbs/10_backbones.ipynb #c008
+# %% ../nbs/10_backbones.ipynb #c009
 default_cfgs = generate_default_cfgs({
     "cifar_resnet18": dict(num_classes=10, input_size=(3, 32, 32), classifier="fc", first_conv="conv1"),
     "cifar_resnet8": dict(num_classes=10, input_size=(3, 32, 32), classifier="fc", first_conv="conv1"),

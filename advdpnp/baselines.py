@@ -46,7 +46,7 @@ class Standard:
         ce = F.cross_entropy(net(x), y)
         return ce, dict(ce=ce)
 
-# %% ../nbs/55_baselines.ipynb #c009
+# %% ../nbs/55_baselines.ipynb #c010
 @dataclass(frozen=True)
 class PGDAT:
     "Cross-entropy on adversarial images (Madry et al., ICLR 2018)."
@@ -63,7 +63,7 @@ class PGDAT:
         adv_ce = F.cross_entropy(net(x_adv), y)
         return adv_ce, dict(adv_ce=adv_ce)
 
-# %% ../nbs/55_baselines.ipynb #c011
+# %% ../nbs/55_baselines.ipynb #c013
 @dataclass(frozen=True)
 class TRADES:
     "Cross-entropy on clean images and divergence on adversarial ones (Zhang et al., ICML 2019)."
@@ -88,7 +88,7 @@ class TRADES:
         terms = dict(ce=F.cross_entropy(logits, y), divergence=consistency(logits, net(x_adv)))
         return terms["ce"] + self.beta * terms["divergence"], terms
 
-# %% ../nbs/55_baselines.ipynb #c014
+# %% ../nbs/55_baselines.ipynb #c016
 @dataclass(frozen=True)
 class DPNP:
     "Adv-DPNP's clean branch alone: prototypes, and no adversarial images."
@@ -103,7 +103,7 @@ class DPNP:
         terms = loss.clean_branch(net.head, net.features(x), y)
         return loss.total(terms), terms
 
-# %% ../nbs/55_baselines.ipynb #c016
+# %% ../nbs/55_baselines.ipynb #c019
 METHODS = {"standard": Standard, "PGD-AT": PGDAT, "TRADES": TRADES, "DPNP": DPNP, "Adv-DPNP": AdvDPNP}
 PROTOTYPE_METHODS = ("DPNP", "Adv-DPNP")  # these train a `PrototypeNet`, the others a `LinearNet`
 CLEAN_METHODS = ("standard", "DPNP")  # these never see an adversarial image

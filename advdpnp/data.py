@@ -146,7 +146,7 @@ def official_arrays(
         arrays |= {f"x_{split}": images, f"y_{split}": np.asarray(labels, np.int64), "class_names": np.array(names)}
     return arrays
 
-# %% ../nbs/00_data.ipynb #c023
+# %% ../nbs/00_data.ipynb #c026
 @contextmanager
 def replacing(path):
     "A temporary path that becomes `path` when the block succeeds: others see the old file or the new one, never a part."
@@ -159,7 +159,7 @@ def replacing(path):
     finally:
         part.unlink(missing_ok=True)
 
-
+# %% ../nbs/00_data.ipynb #c029
 def read_json(path):
     "What a JSON file holds; a ValueError names a damaged one."
     try:
@@ -182,7 +182,7 @@ def read_archive(path):
         raise ValueError(f"{path} lacks {', '.join(missing)}: an archive holds {', '.join(required)}")
     return Dataset(path.stem, **{key: arrays[key] for key in required + optional if key in arrays})
 
-# %% ../nbs/00_data.ipynb #c024
+# %% ../nbs/00_data.ipynb #c031
 def load_dataset(
     name: str,  # "digits", "cifar10", "cifar100", "svhn", or the name of an archive in `data_dir`
     data_dir="data",  # folder of the archives
@@ -203,7 +203,7 @@ def load_dataset(
             np.savez(part, **arrays)
     return read_archive(path)
 
-# %% ../nbs/00_data.ipynb #c027
+# %% ../nbs/00_data.ipynb #c034
 def hold_out(
     dataset: Dataset,
     size: int | None = None,  # images to hold out; None: a tenth of the training images, at most 1,000
@@ -219,7 +219,7 @@ def hold_out(
     return replace(dataset, x_train=dataset.x_train[train], y_train=dataset.y_train[train],
                    x_test=dataset.x_train[val], y_test=dataset.y_train[val])
 
-# %% ../nbs/00_data.ipynb #c030
+# %% ../nbs/00_data.ipynb #c037
 def seed_of(
     *key: int,  # non-negative integers: the seed, and where in the run we are
 ) -> int:  # 0 to 2**63 - 1
@@ -231,7 +231,7 @@ def seeded(device, *key):
     "A random generator on `device` that depends on `key` alone, see `seed_of`."
     return torch.Generator(device).manual_seed(seed_of(*key))
 
-# %% ../nbs/00_data.ipynb #c033
+# %% ../nbs/00_data.ipynb #c040
 def seed_globally(device, seed):
     "Seed the global generators of the CPU and of `device`, and of no other."
     torch.default_generator.manual_seed(seed)
@@ -250,7 +250,7 @@ def own_randomness(
         seed_globally(device, seed)
         yield
 
-# %% ../nbs/00_data.ipynb #c036
+# %% ../nbs/00_data.ipynb #c043
 def random_crop_flip(
     x: torch.Tensor,  # (B, H, W, C), any dtype
     padding: int,  # zeros added on each side; the crop starts anywhere in 0 to 2 * padding
@@ -268,14 +268,14 @@ def random_crop_flip(
     padded = F.pad(x, (0, 0, padding, padding, padding, padding))
     return padded[torch.arange(b, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
-# %% ../nbs/00_data.ipynb #c041
+# %% ../nbs/00_data.ipynb #c048
 def to_float(
     x: torch.Tensor,  # (B, H, W, C) uint8
 ) -> torch.Tensor:  # (B, C, H, W) float32 in [0, 1], channels-last in memory
     "Images as a model takes them."
     return x.permute(0, 3, 1, 2).float().div_(255)
 
-# %% ../nbs/00_data.ipynb #c042
+# %% ../nbs/00_data.ipynb #c050
 class Loader:
     "Batches of images in [0, 1] and labels, from arrays held on the device as uint8."
 
@@ -316,7 +316,7 @@ class Loader:
 
     __iter__ = epoch
 
-# %% ../nbs/00_data.ipynb #c045
+# %% ../nbs/00_data.ipynb #c053
 def pick_device(
     device: str | torch.device = "auto",  # "auto", "cpu", "cuda", "cuda:1", ...
 ) -> torch.device:

@@ -69,8 +69,7 @@ def test_exported_cells_are_followed_by_a_lesson(path):
     cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     defines = [cell.startswith("#| export") and bool(re.search(r"^(def|class|@)", cell, re.M)) for cell in cells]
     alone = [cells[i].splitlines()[1:4] for i in range(len(cells)) if defines[i] and (i + 1 == len(cells) or cells[i + 1].startswith("#| export"))]
-    allowed = {"80_runs": 3}.get(path.stem, 0)  # the ledger, its helpers and its provenance are shown by one run
-    assert len(alone) <= allowed, alone
+    assert alone == []
 
 
 def test_readme_is_the_index_notebook():
