@@ -1,6 +1,5 @@
 # Two commands: `make table1` trains, attacks and tabulates; `make test` checks everything.
 PYTHON ?= python3
-export MPLBACKEND ?= agg
 # Small networks: more threads would cost more than they give, and outputs should not depend on their number.
 ONE_THREAD = OMP_NUM_THREADS=1
 
@@ -11,7 +10,7 @@ table1: .venv/installed
 	@echo data/results/table1.ipynb
 
 test: .venv/installed
-	$(ONE_THREAD) .venv/bin/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^(table|figure)'
+	MPLBACKEND=agg $(ONE_THREAD) .venv/bin/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^(table|figure)'
 	.venv/bin/python -m pytest
 
 # Run the notebooks and keep their outputs, without what only scrolled by.

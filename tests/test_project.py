@@ -113,3 +113,8 @@ sys.meta_path.insert(0, Refuse())
 import advdpnp.runs
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_pictures_are_stored_where_a_reader_expects_them():
+    pictures = {path.stem: path.read_text().count('"image/png"') for path in NOTEBOOKS}
+    assert all(pictures[name] for name in ("00_data", "30_losses", "40_attacks", "50_training", "60_evaluation", "figure1", "table1")), pictures
