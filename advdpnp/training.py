@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .attacks import PGD, untouched
-from .data import Dataset, Loader, hold_out, one_of, own_randomness, pick_device, read_json, replacing, seed_globally, seed_of, seeded
+from .data import Dataset, Loader, hold_out, one_of, own_randomness, pick_device, read_json, replacing
+from .data import seed_globally, seed_of, seeded
 from .losses import AdvDPNPLoss
 
 # %% ../nbs/50_training.ipynb #c011
