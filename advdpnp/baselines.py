@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attacks import PGD, ThreatModel, ascend, untouched
+from .attacks import ThreatModel, ascend, untouched
 from .data import one_of
 from .losses import AdvDPNPLoss, consistency
 from .prototypes import Classifier, PrototypeNet, make_backbone
@@ -53,10 +53,7 @@ class PGDAT:
 
     eps: float  # linf, on the scale of images in [0, 1]
     steps: int = 10
-
-    def craft(self, net, x, y, generator):
-        "The adversarial twins of a batch."
-        return PGD(self.eps, steps=self.steps).perturb(net, x, y, generator)
+    craft = AdvDPNP.craft  # the same attack
 
     def loss(self, net, x, x_adv, y):
         "The loss of a batch, and its terms."
