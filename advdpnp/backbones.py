@@ -6,7 +6,6 @@
 __all__ = ['default_cfgs', 'CifarResNet', 'cifar_resnet18', 'cifar_resnet8']
 
 # %% ../nbs/10_backbones.ipynb #c003
-import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
