@@ -16,7 +16,7 @@ from torch import nn
 
 from .attacks import PGD, untouched
 from .data import Dataset, Loader, seeded
-from .training import close_bar, epoch_bar, full_precision
+from .training import close_bar, correct, epoch_bar, full_precision
 
 # %% ../nbs/60_evaluation.ipynb #c005
 def wilson(
@@ -70,9 +70,9 @@ def accuracy(
     verdicts: torch.Tensor,  # (N,) bool
 ) -> dict:  # accuracy, low and high in per cent; correct and n as counts
     "An accuracy with its Wilson interval."
-    correct, n = int(verdicts.sum()), len(verdicts)
-    low, high = wilson(correct, n)
-    return dict(accuracy=100 * correct / n, low=100 * low, high=100 * high, correct=correct, n=n)
+    right, n = int(verdicts.sum()), len(verdicts)
+    low, high = wilson(right, n)
+    return dict(accuracy=100 * right / n, low=100 * low, high=100 * high, correct=right, n=n)
 
 # %% ../nbs/60_evaluation.ipynb #c015
 def evaluate(
@@ -136,6 +136,6 @@ def robustness_curve(
     budgets = [e for e in eps if e > 0]
     loader = Loader(dataset.x_test[:images], dataset.y_test[:images], 256, device=next(model.parameters()).device)
     with full_precision():
-        clean = all_logits(model, loader).argmax(1) == torch.from_numpy(dataset.y_test[:images])
+        clean = correct(model, loader)
         verdicts = [clean] + [standing_after(model, loader, clean, PGD(e, steps=steps), quiet=quiet) for e in budgets]
     return dict(eps=[0.0, *budgets], accuracy=[100 * v.double().mean().item() for v in verdicts], n=len(clean))

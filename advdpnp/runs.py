@@ -111,8 +111,6 @@ def one_thread(device):
     "Inside, arithmetic on a CPU uses one thread."
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if device.type == "cpu" else threads)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     try:
         yield
     finally:
@@ -190,6 +188,8 @@ class Ledger:
         "The record of a run: read if it is there, otherwise trained from where it stopped, and measured."
         record = self.result(config)
         if record is None:
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)  # `provenance` reports this run's peak
             with one_thread(self.device):
                 trainer = self.trainer(config)
                 if not trainer.fit(time_limit):
