@@ -6,7 +6,7 @@ ONE_THREAD = OMP_NUM_THREADS=1
 .PHONY: table1 test notebooks readme clean
 table1: .venv/installed
 	@mkdir -p data/results
-	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - --stderr-file - $(ARGS)
+	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - $(ARGS)
 	@echo data/results/table1.ipynb
 
 test: .venv/installed

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'OFFICIAL', 'one_of', 'check_split', 'channel_statistics', 'Dataset', 'embedded_digits', 'official_arrays',
-           'replacing', 'read_json', 'read_archive', 'load_dataset', 'hold_out', 'seed_of', 'seeded', 'seed_globally',
-           'own_randomness', 'random_crop_flip', 'to_float', 'Loader', 'pick_device']
+           'replacing', 'read_json', 'read_archive', 'read_folder', 'load_dataset', 'hold_out', 'seed_of', 'seeded',
+           'seed_globally', 'own_randomness', 'random_crop_flip', 'to_float', 'Loader', 'pick_device']
 
 # %% ../nbs/00_data.ipynb #c003
 import difflib
@@ -20,11 +20,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 import torchvision
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
 
 # %% ../nbs/00_data.ipynb #c006
 def one_of(
@@ -45,8 +47,8 @@ def check_split(name, split, x, y):
     "Raise a ValueError if images or labels are not of the type and shape that `Dataset` holds."
     if x.dtype != np.uint8 or x.ndim != 4:
         raise ValueError(f"{name}: x_{split} is {x.dtype} {x.shape}, expected uint8 (N, H, W, C)")
-    if y.dtype != np.int64 or y.shape != x.shape[:1] or len(y) == 0:
-        raise ValueError(f"{name}: y_{split} is {y.dtype} {y.shape}, expected int64 ({len(x)},) and at least one label")
+    if y.dtype != np.int64 or y.shape != x.shape[:1] or (split == "test" and len(y) == 0):
+        raise ValueError(f"{name}: y_{split} is {y.dtype} {y.shape}, expected int64 ({len(x)},)" + " and at least one label" * (len(y) == 0))
 
 # %% ../nbs/00_data.ipynb #c011
 def channel_statistics(pixels):
@@ -63,7 +65,7 @@ DIGITS = ("digits", "svhn", "svhn10k")  # pictures of digits: a mirrored one is 
 # %% ../nbs/00_data.ipynb #c016
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    "A classification data set in memory, split into training and test images."
+    "A classification data set in memory, split into training and test images; there may be none to train on."
 
     name: str
     x_train: np.ndarray  # (N, H, W, C) uint8
@@ -71,7 +73,7 @@ class Dataset:
     x_test: np.ndarray  # (M, H, W, C) uint8
     y_test: np.ndarray  # (M,) int64
     class_names: tuple = ()  # one name a class; empty: the numbers 0, 1, ... up to the largest label
-    mean: tuple = ()  # per channel, of images in [0, 1]; empty: measured on x_train
+    mean: tuple = ()  # per channel, of images in [0, 1]; empty: measured on x_train, or without one on x_test
     std: tuple = ()  # likewise
 
     def __post_init__(self):
@@ -83,7 +85,8 @@ class Dataset:
         names = tuple(map(str, self.class_names)) or tuple(str(k) for k in range(labels.max() + 1))
         if labels.min() < 0 or labels.max() >= len(names):
             raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}, expected 0 to {len(names) - 1}")
-        pixels = self.x_train.reshape(-1, self.x_train.shape[-1])
+        images = self.x_train if len(self.x_train) else self.x_test
+        pixels = images.reshape(-1, images.shape[-1])
         mean, std = channel_statistics(pixels) if len(self.mean) == 0 or len(self.std) == 0 else (self.mean, self.std)
         for key, value in dict(class_names=names, mean=tuple(map(float, mean)), std=tuple(map(float, std))).items():
             object.__setattr__(self, key, value)
@@ -177,19 +180,39 @@ def read_archive(path):
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path} is damaged or not an .npz archive ({error}): delete it and load the data set again") from error
     required, optional = ["x_train", "y_train", "x_test", "y_test"], ["class_names", "mean", "std"]
+    if {"x_test", "y_test"} <= {*arrays} and not {"x_train", "y_train"} & {*arrays}:  # only to test on
+        arrays |= dict(x_train=arrays["x_test"][:0], y_train=arrays["y_test"][:0])
     missing = [key for key in required if key not in arrays]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: an archive holds {', '.join(required)}")
     return Dataset(path.stem, **{key: arrays[key] for key in required + optional if key in arrays})
 
+
+def read_folder(path):
+    "Images to test on, from a folder with one sub-folder a class; all of one size, grey if all are, and in alphabetical order."
+    path = Path(path)
+    try:
+        source = ImageFolder(path, loader=PIL.Image.open)
+    except (FileNotFoundError, OSError) as error:
+        raise ValueError(f"{path} is no folder of images: expected one sub-folder a class, with images in it ({error})") from error
+    files, grey = [file for file, _ in source.samples], all(PIL.Image.open(file).mode == "L" for file, _ in source.samples)
+    images = [np.asarray(PIL.Image.open(file).convert("L" if grey else "RGB")) for file in files]
+    for file, image in zip(files, images):
+        if image.shape != images[0].shape:
+            raise ValueError(f"{file} is {image.shape[1]}x{image.shape[0]}, {files[0]} is {images[0].shape[1]}x{images[0].shape[0]}: all must be of one size")
+    x, y = np.stack(images).reshape(len(images), *images[0].shape[:2], -1), np.array(source.targets, np.int64)
+    return Dataset(path.resolve().name, x[:0], y[:0], x, y, class_names=tuple(source.classes))
+
 # %% ../nbs/00_data.ipynb #c031
 def load_dataset(
-    name: str,  # "digits", "cifar10", "cifar100", "svhn", or the name of an archive in `data_dir`
+    name: str,  # "digits", "cifar10", "cifar100", "svhn", or an archive's name in `data_dir`; with a slash, the path of an .npz or a folder of images
     data_dir="data",  # folder of the archives
 ) -> Dataset:
     "Load a data set from its archive, made from the published files at the first call."
     if name == "digits":
         return embedded_digits()
+    if "/" in name or "\\" in name or name.endswith(".npz"):
+        return read_archive(name) if name.endswith(".npz") else read_folder(name)
     path = Path(data_dir) / f"{name}.npz"
     if not path.exists():
         one_of(name, ["digits", *OFFICIAL, *sorted({p.stem for p in path.parent.glob("[!.]*.npz")} - {*OFFICIAL})], "data set")
@@ -211,6 +234,8 @@ def hold_out(
 ) -> Dataset:  # the remaining training images, and the held-out ones as its test images
     "Split a stratified validation set off the training images; the test images are left out."
     total = len(dataset.x_train)
+    if total == 0:
+        raise ValueError(f"{dataset.name} has no training images")
     size = min(total // 10, 1000) if size is None else size
     if not dataset.num_classes <= size <= total - dataset.num_classes:
         raise ValueError(f"cannot hold {size} of {total} images out: expected {dataset.num_classes} to {total - dataset.num_classes}")
@@ -296,6 +321,11 @@ class Loader:
 
     def __len__(self):
         return len(self.x) // self.batch_size if self.train else -(-len(self.x) // self.batch_size)
+
+    def take(self, index):
+        "The images at `index` (B,), as floats and as they are, and their labels."
+        index = index.to(self.x.device)
+        return to_float(self.x[index]), self.y[index]
 
     def epoch(
         self,
