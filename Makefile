@@ -3,14 +3,18 @@ PYTHON ?= python3
 # Small networks: more threads would cost more than they give, and outputs should not depend on their number.
 ONE_THREAD = OMP_NUM_THREADS=1
 
-.PHONY: table1 test notebooks readme clean
+.PHONY: table1 benchmark test notebooks readme clean
 table1: .venv/installed
 	@mkdir -p data/results
 	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - $(ARGS)
 	@echo data/results/table1.ipynb
 
+benchmark: .venv/installed
+	.venv/bin/jupyter nbconvert --to notebook --inplace --execute nbs/benchmark.ipynb
+	.venv/bin/nbdev_clean
+
 test: .venv/installed
-	MPLBACKEND=agg $(ONE_THREAD) .venv/bin/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^(table|figure)'
+	MPLBACKEND=agg $(ONE_THREAD) .venv/bin/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^(table|figure|benchmark)'
 	.venv/bin/python -m pytest
 
 # Run the notebooks and keep their outputs, without what only scrolled by.
@@ -31,6 +35,7 @@ readme: .venv/installed
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	.venv/bin/python -m pip install --quiet --no-deps torchattacks==3.5.1  # asks for a version of requests that JupyterLab cannot have
 	.venv/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.console import Console
+from rich.markdown import Markdown
 
-# torch is imported inside the functions, so that `--help` answers at once
+# the slow parts of the package are imported inside the functions, so that `--help` need not wait for them
 
 # %% ../nbs/90_cli.ipynb #c005
 def parse_eps(
@@ -87,9 +89,11 @@ def evaluate(
     """
     from advdpnp.data import load_dataset, one_of, pick_device, replacing
     from advdpnp.evaluation import evaluate, report, robustbench_info, standard_attacks
-    from advdpnp.runs import BUDGETS, load_checkpoint
+    from advdpnp.runs import BUDGETS, load_checkpoint, provenance
 
     def get(spec):
+        if ":" not in spec and not Path(spec).exists():
+            raise ValueError(f"{spec} is neither a file or folder nor package.module:function")
         return (import_model(spec), {}) if ":" in spec and not Path(spec).exists() else load_checkpoint(spec)
 
     try:
@@ -116,7 +120,7 @@ def evaluate(
         limits = {"autoattack": autoattack_images} if autoattack_images else None
         other = get(twin)[0].to(place) if twin else None
         record = evaluate(net.to(place), data, chosen, images, limits, batch_size=batch_size, seed=seed, twin=other, resume=kept, quiet=quiet)
-        record = dict(model=model, **record)
+        record = dict(model=model, **{**record, **provenance(place)})
         with replacing(output) as part:
             part.write_text(json.dumps(record, indent=1))
         kept.unlink(missing_ok=True)
@@ -129,4 +133,6 @@ def evaluate(
     except KeyboardInterrupt:
         typer.echo("interrupted: the same command goes on from here", err=True)
         raise typer.Exit(130)
-    typer.echo(f"{model} on {data.name}, {norm}, eps {budget:.4g}\n\n{report(record)}\n\n{output}")
+    typer.echo(f"{model} on {data.name}, {norm}, eps {budget:.4g}")
+    Console().print(Markdown(report(record)))
+    typer.echo(output)

@@ -103,7 +103,7 @@ def provenance(device):
     gpu = device.type == "cuda"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return dict(version=advdpnp.__version__, commit=commit, versions=versions, cuda=torch.version.cuda,
-                device=torch.cuda.get_device_name(device) if gpu else "CPU, one thread",
+                device=torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1),
                 peak_memory_bytes=torch.cuda.max_memory_allocated(device) if gpu else None)
 
 # %% ../nbs/80_runs.ipynb #c016
@@ -226,8 +226,8 @@ class Ledger:
             with one_thread(self.device):
                 if not self.trainer(config).fit(time_limit):
                     return False
-            with replacing(path) as part:
-                part.write_text(json.dumps(provenance(self.device), indent=1))
+                with replacing(path) as part:
+                    part.write_text(json.dumps(provenance(self.device), indent=1))
         return True
 
     def measure(

@@ -3,8 +3,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from advdpnp.attacks import FGSM, PGD, ThreatModel
-from advdpnp.data import seeded
+from advdpnp.attacks import CW, DLR, FGSM, PGD, PrototypePGD, ThreatModel, correct, margin, prototype_distances, standing_after
+from advdpnp.autoattack import AutoAttack
+from advdpnp.data import Loader, seeded
 
 
 class Linear(nn.Module):
@@ -19,7 +20,7 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (3, 5, 7)])
-@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1), PGD(0.1, step_size=0.01, steps=30, random_start=False)])
+@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1), PGD(0.1, step_size=0.01, steps=30, random_start=False), CW(0.1), DLR(0.1)])
 def test_reaches_the_optimum_of_a_linear_model(shape, attack):
     torch.manual_seed(0)
     model, x, y = Linear(torch.Size(shape)), torch.rand(20, *shape), torch.randint(2, (20,))
@@ -59,12 +60,16 @@ class Careless(nn.Module):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [1, 2, 9])
-@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1, steps=3)])
+@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1, steps=3), CW(0.1, steps=3), DLR(0.1, steps=3, restarts=2), PGD(0.5, steps=3, norm="l2"),
+                                    AutoAttack(0.1, steps=3, queries=5), AutoAttack(0.5, "l2", steps=3, queries=5)], ids=repr)
 def test_leaves_no_trace(channels, size, attack):
     torch.manual_seed(0)
     model = Careless(channels).train()
     model.norm.eval()
-    x, y = torch.rand(size, channels, 8, 8), torch.randint(5, (size,))
+    x = torch.rand(size, channels, 8, 8)
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)  # right, so that there is something to attack
+    model.train().norm.eval()
     model(x).sum().backward()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
@@ -148,6 +153,44 @@ def test_bad_batches(net, x, y, message):
 def test_bad_attacks(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_reaches_the_optimum_in_l2(net):
+    "On a linear model, and far from 0 and 1, the best image is eps along the difference of the weights."
+    torch.manual_seed(0)
+    model, x, y = Linear(torch.Size((1, 8, 8))), torch.full((20, 1, 8, 8), 0.5), torch.randint(2, (20,))
+    uphill = (model.layer.weight[1 - y] - model.layer.weight[y]).view_as(x)
+    optimum = x + 0.3 * uphill / uphill.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(PGD(0.3, norm="l2", steps=40)(model, x, y), optimum, rtol=0, atol=1e-3)
+
+
+def test_search_finds_at_least_what_the_last_iterate_finds(net, digits):
+    loader = Loader(digits.x_test[:100], digits.y_test[:100], 40)
+    right = correct(net, loader)
+    x, y = loader.take(right.nonzero()[:, 0])
+    for attack in (PGD(0.1), CW(0.1, steps=20), PrototypePGD(0.1)):
+        verdicts = standing_after(net, loader, attack, right, quiet=True)
+        last = net.eval()(attack(net, x, y)).argmax(1) == y
+        assert verdicts.sum() <= last.sum() + 1 and not (verdicts & ~right).any()
+
+
+def test_restarts_only_help(net, digits):
+    loader = Loader(digits.x_test[:100], digits.y_test[:100], 100)
+    right = correct(net, loader)
+    once, often = (standing_after(net, loader, PGD(0.03, steps=2, restarts=n), right, quiet=True) for n in (1, 8))
+    assert not (often & ~once).any()
+
+
+def test_squared_distances_are_twice_the_margin(net, batch):
+    x, y = batch
+    with torch.no_grad():
+        logits, own, other = prototype_distances(net.eval(), x, y)
+    torch.testing.assert_close(own**2 - other**2, 2 * margin(logits, y), rtol=1e-3, atol=1e-3)
+
+
+def test_prototype_attack_refuses_a_model_without(batch):
+    with pytest.raises(ValueError, match="has no prototypes to attack"):
+        PrototypePGD(0.1)(Careless(1), batch[0], batch[1] % 5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

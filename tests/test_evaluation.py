@@ -1,12 +1,19 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from scipy.stats import binomtest
 
-from advdpnp.attacks import FGSM, PGD
-from advdpnp.evaluation import evaluate, robustness_curve, wilson
-from advdpnp.training import AdvDPNP, Trainer, full_precision
+from advdpnp.attacks import FGSM, PGD, full_precision
+from advdpnp.autoattack import AutoAttack
+from advdpnp.data import Loader
+from advdpnp.evaluation import evaluate, robustbench_info, standard_attacks, wilson
+from advdpnp.sanity import failed, robustness_curve
+from advdpnp.training import AdvDPNP, Trainer
 
 
 @pytest.mark.parametrize("correct, n", [(0, 1), (1, 1), (0, 500), (3, 500), (250, 500), (499, 500), (500, 500), (8231, 10000)])
@@ -33,7 +40,9 @@ def test_record_adds_up_and_the_model_is_untouched(net, digits):
     for m in metrics.values():
         assert m["accuracy"] == m["correct"] and m["low"] <= m["accuracy"] <= m["high"] and m["n"] == 100
     assert metrics["worst"]["accuracy"] <= min(metrics["fgsm"]["accuracy"], metrics["pgd3"]["accuracy"]) <= metrics["clean"]["accuracy"]
-    assert metrics["pgd3"]["attack"] == dict(eps=0.1, step_size=0.025, steps=3, random_start=True, seed=0)
+    assert metrics["pgd3"]["attack"] == dict(name="pgd3", images=100, eps=0.1, step_size=0.025, steps=3, random_start=True, restarts=1, norm="linf", seed=0)
+    names = [check["name"] for check in record["checks"]]
+    assert len(set(names)) == len(names) >= 12 and "evaluation mode" in failed(record["checks"])  # it was given in training mode
 
 
 def test_worst_case_is_taken_image_by_image(digits):
@@ -52,7 +61,7 @@ def test_worst_case_is_taken_image_by_image(digits):
             return torch.where((x[:, 0, 0, 0] >= 0.5)[:, None], right.roll(1, 1), right)
 
     class Half(PGD):
-        def __call__(self, model, x, y, generator=None):
+        def search(self, model, x, y, generator=None):
             x = x.clone()
             hit = y % 2 == self.seed
             x[hit, 0, 0, 0] = 0.5
@@ -72,10 +81,91 @@ def test_worst_case_is_taken_image_by_image(digits):
 
 def test_budget_curve_starts_at_clean_and_ends_at_nothing(net, digits):
     Trainer(net, AdvDPNP(eps=0.2, steps=2), digits, epochs=3, batch_size=64, padding=0, device="cpu", quiet=True).fit()
-    curve = robustness_curve(net, digits, [0.1, 0.5], images=100, quiet=True)
+    curve = robustness_curve(net, Loader(digits.x_test[:100], digits.y_test[:100], 100), PGD(0.2), [0.1, 0.5])
     clean = evaluate(net, digits, images=100, quiet=True)["metrics"]["clean"]["accuracy"]
     assert curve["eps"] == [0, 0.1, 0.5] and curve["accuracy"][0] == clean and curve["n"] == 100
     assert clean > 60 and curve["accuracy"][0] > curve["accuracy"][1] > curve["accuracy"][2] and curve["accuracy"][2] < 5
+
+
+def test_autoattack_on_fewer_images(net, digits):
+    record = evaluate(net, digits, [PGD(0.1, steps=3), AutoAttack(0.1, steps=3, queries=10)], images=90, limits=dict(autoattack=30), quiet=True)
+    assert {name: m["n"] for name, m in record["metrics"].items()} == dict(clean=90, pgd3=90, autoattack=30, worst=30)
+    assert list(record["metrics"]["autoattack"]["stages"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert record["metrics"]["worst"]["correct"] <= record["metrics"]["autoattack"]["correct"]
+
+
+def test_anyone_s_attack_and_anyone_s_model(digits):
+    "An attack with eps and a name, and a plain module: RobustBench's conventions, and no more."
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+
+    class Invert:
+        eps, name = 1.0, "invert"
+
+        def __call__(self, model, x, y, generator=None):
+            return 1 - x
+
+    record = evaluate(model, digits, [Invert(), *standard_attacks(0.1)[:3]], quiet=True)
+    assert list(record["metrics"]) == ["clean", "invert", "fgsm", "pgd20", "cw", "worst"]
+
+
+def test_a_model_that_is_right_nowhere(digits):
+    class Wrong(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float() * x.flatten(1).sum(1, keepdim=True)
+
+    from dataclasses import replace
+    never = replace(digits, y_test=digits.y_test * 0)
+    record = evaluate(Wrong().eval(), never, standard_attacks(0.1), images=20, quiet=True)
+    assert {m["correct"] for m in record["metrics"].values()} == {0}
+
+
+KILLED = """
+import sys, torch
+from advdpnp.autoattack import AutoAttack
+from advdpnp.data import load_dataset
+from advdpnp.evaluation import evaluate
+from advdpnp.prototypes import PrototypeNet
+torch.set_num_threads(1)
+digits = load_dataset("digits")
+torch.manual_seed(0)
+net = PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std).eval()
+record = evaluate(net, digits, [AutoAttack(0.002, queries=300)], images=100, batch_size=4, resume=sys.argv[1], quiet=True)
+print({name: m["correct"] for name, m in record["metrics"].items()}, record["metrics"]["autoattack"]["stages"])
+"""
+
+
+def test_killed_it_goes_on_from_its_state_file(tmp_path):
+    run = lambda name, **kw: subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / name)], stdout=subprocess.PIPE, text=True, **kw)
+    whole = run("whole").communicate()[0]
+    killed, state = run("state"), tmp_path / "state"
+    while not (state.exists() and "apgd-t" in state.read_text()):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = json.loads(state.read_text())["stages"]
+    assert list(before) == ["autoattack/apgd-ce", "autoattack/apgd-t"]
+    assert run("state").communicate()[0] == whole != ""
+
+
+def test_a_state_file_of_another_evaluation_is_refused(net, digits, tmp_path):
+    evaluate(net, digits, [PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True)
+    for changed in (dict(seed=1), dict(images=90), dict(attacks=[PGD(0.2, steps=2)])):
+        with pytest.raises(ValueError, match="is of another evaluation"):
+            evaluate(net, digits, **{**dict(attacks=[PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True), **changed})
+    with torch.no_grad():
+        net.head.directions.add_(0.1)
+    with pytest.raises(ValueError, match=r"another evaluation \(weights differ\)"):
+        evaluate(net, digits, [PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True)
+
+
+def test_robustbench_entry_has_the_leaderboard_s_keys(net, digits):
+    record = evaluate(net, digits, [AutoAttack(8 / 255, steps=3, queries=5)], images=30, quiet=True)
+    info = robustbench_info(record, "A paper", "Some One", "ResNet-8")
+    assert set(info) == {"link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture",
+                         "eps", "clean_acc", "reported", "autoattack_acc"}
+    assert info["eps"] == "8/255" and float(info["autoattack_acc"]) <= float(info["clean_acc"])
 
 
 def test_a_user_s_precision_is_respected_and_restored():

@@ -1,0 +1,75 @@
+"What the checks say about whole evaluations. The zoo of false defences is in nbs/58_sanity.ipynb."
+import pytest
+import torch
+from torch import nn
+
+from advdpnp.attacks import FGSM, PGD
+from advdpnp.baselines import LinearNet, Standard
+from advdpnp.autoattack import AutoAttack
+from advdpnp.evaluation import evaluate
+from advdpnp.sanity import check_attacks, check_curve, check_square, check_steps, failed, reverse_test
+from advdpnp.training import AdvDPNP, Trainer
+
+
+@pytest.fixture(scope="module")
+def undefended(digits):
+    torch.manual_seed(0)
+    net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
+    Trainer(net, Standard(), digits, epochs=6, batch_size=64, padding=0, device="cpu", quiet=True).fit()
+    return net.eval()
+
+
+class Around(nn.Module):
+    def __init__(self, net, change):
+        super().__init__()
+        self.net, self.change = net, change
+
+    def forward(self, x):
+        return self.change(self.net, x)
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda net, x: net(x) * 10_000, {"logit range", "gradients"}),
+    (lambda net, x: net((x * 4).round() / 4), {"gradients", "budget"}),
+    (lambda net, x: net((x + 0.3 * torch.randn_like(x)).clamp(0, 1)), {"deterministic"}),
+    (lambda net, x: net(x).softmax(1), {"logits"}),
+    (lambda net, x: net(x) - net(x).mean(0), {"batch-independent"}),
+    (lambda net, x: net(x.detach()), {"gradients", "budget"}),
+], ids=["times 10,000", "quantised", "random", "softmax", "batch", "cut off"])
+def test_a_false_defence_is_named(undefended, digits, change, named):
+    record = evaluate(Around(undefended, change).eval(), digits, [FGSM(0.2), PGD(0.2)], images=100, twin=undefended, quiet=True)
+    assert named <= set(failed(record["checks"]))
+
+
+def test_an_undefended_model_is_found_weak_and_honest(undefended, digits):
+    record = evaluate(undefended, digits, [FGSM(0.2), PGD(0.2)], images=100, twin=undefended, quiet=True)
+    assert failed(record["checks"]) == [] and record["metrics"]["worst"]["accuracy"] < 10
+    given = {check["name"]: check["passed"] for check in evaluate(undefended, digits, [FGSM(0.2)], images=50, quiet=True)["checks"]}
+    assert given["twin"] is None and given["transfer"] is None  # not run is not passed
+
+
+@pytest.mark.parametrize("outcomes, name, fails", [
+    (check_attacks(dict(clean=99, noise=98, fgsm=97.5, pgd20=10, cw=8, worst=8), 500), "one step", True),
+    (check_attacks(dict(clean=99, noise=98, fgsm=80, pgd20=70, cw=68, worst=68), 500), "one step", False),
+    (check_attacks(dict(clean=99, noise=60, fgsm=80, pgd20=70, cw=68, worst=68), 500), "noise", True),
+    (check_attacks(dict(clean=99, noise=98, fgsm=60, pgd20=70, cw=60, worst=60), 500), "iterations", True),
+    (check_attacks(dict(clean=99, noise=98, fgsm=90, pgd20=88, cw=60, worst=60), 500), "loss", True),
+    (check_attacks(dict(clean=99, noise=98, fgsm=90, pgd20=60, cw=60, worst=60, transfer=50), 500), "transfer", True),
+    (check_steps(dict(steps=list(range(5)), standing=[99, 90, 80, 79.6, 79.4], n=1000)), "steps", True),
+    (check_steps(dict(steps=list(range(5)), standing=[99, 90, 80, 79.6, 79.6], n=1000)), "steps", False),
+    (check_curve(dict(eps=[0, 0.1, 0.5], accuracy=[99, 60, 20], n=1000), 12), "budget", True),
+    (check_curve(dict(eps=[0, 0.1, 0.2, 0.5], accuracy=[99, 60, 65, 0], n=1000), 12), "budget", True),
+    (check_curve(dict(eps=[0, 0.1, 0.5], accuracy=[99, 60, 0], n=1000), 12), "budget", False),
+    (check_square({"apgd-t": 50.0, "fab-t": 49.9, "square": 49.0}, 1000), "square", True),
+    (check_square({"apgd-t": 50.0, "fab-t": 49.9, "square": 49.8}, 1000), "square", False),
+])
+def test_where_the_line_is(outcomes, name, fails):
+    passed, = [check["passed"] for check in outcomes if check["name"] == name]
+    assert passed is not fails
+
+
+def test_attacks_find_what_was_planted(net, digits, batch):
+    "After Zimmermann et al., on a prototype network: a readout with a known adversarial example for every image."
+    Trainer(net, AdvDPNP(eps=0.2, steps=2), digits, epochs=3, batch_size=64, padding=0, device="cpu", quiet=True).fit()
+    counts = reverse_test(net.eval(), batch[0][:50], AutoAttack(0.2, steps=50, queries=100))
+    assert counts["tests"] >= 40 and counts["found"] >= 0.99 * counts["tests"] and counts["noise"] < 0.5 * counts["tests"]
