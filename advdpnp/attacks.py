@@ -39,7 +39,8 @@ class ThreatModel:
     def __post_init__(self):
         one_of(self.norm, ["linf", "l2"], "norm")
         if not 0 <= self.eps <= (1 if self.norm == "linf" else math.inf):
-            raise ValueError(f"eps is {self.eps}: expected 0 to 1, the scale of the images (8/255, not 8)")
+            most = "0 to 1" if self.norm == "linf" else "at least 0"
+            raise ValueError(f"eps is {self.eps}: expected {most}, the scale of the images (8/255, not 8)")
 
     def length(self, v):
         "The norm of each of `v` (B, C, H, W): (B,)."
@@ -61,6 +62,7 @@ class ThreatModel:
         "The direction of length one in which a function with this gradient (B, C, H, W) grows fastest."
         if self.norm == "linf":
             return gradient.sign()
+        gradient = gradient / per_image(gradient.flatten(1).abs().amax(1).clamp(min=1e-38))  # its square must not underflow
         return gradient / per_image(self.length(gradient).clamp(min=1e-30))
 
     def random_start(self, x, generator):
@@ -125,7 +127,7 @@ def gradient_of(
 ) -> torch.Tensor:  # like `x`
     "The gradient, with zeros where there is none: a model that cuts it off, or a NaN."
     gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
-    return torch.zeros_like(x) if gradient is None else gradient.nan_to_num(0, 0, 0)
+    return torch.zeros_like(x) if gradient is None else gradient.nan_to_num(0)  # infinity becomes the largest number
 
 
 def ascend(
@@ -347,7 +349,7 @@ class PrototypePGD(PGD):
 @contextmanager
 def full_precision():
     "Inside, matrix products and convolutions are true float32 on every device."
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
     before = [place.fp32_precision for place in places]
     try:
         for place in places:

@@ -172,17 +172,18 @@ class APGDT(APGD):
 
     def search(self, model, x, y, generator):
         "An adversarial image wherever one is found; input is not checked, and must be classified correctly."
-        found, stands, done = x.clone(), torch.ones_like(y, dtype=torch.bool), 0
+        found, stands, done, room = x.clone(), torch.ones_like(y, dtype=torch.bool), 0, len(x)
         with untouched(model, generator):
             targets = likely_targets(model, x, self.targets)
             while done < len(targets) and stands.any():
                 left = stands.nonzero()[:, 0]
-                side_by_side = min(max(256 // len(left), 1), len(targets) - done)  # so that few images fill a batch, too
+                side_by_side = min(max(room // len(left), 1), len(targets) - done)  # the last images fill the batch, too
                 rows, target = left.repeat(side_by_side), targets[done : done + side_by_side, left].flatten()
                 images, standing = self.towards(model, x[rows], y[rows], target, generator)
                 broken = torch.ones_like(rows, dtype=torch.bool)
                 broken[standing] = False
-                found[rows[broken]], stands[rows[broken]] = images[broken], False
+                for images, broken in zip(images.split(len(left)), broken.split(len(left))):  # a target at a time: an image may have fallen to several
+                    found[left[broken]], stands[left[broken]] = images[broken], False
                 done += side_by_side
         return found
 
@@ -228,6 +229,8 @@ def fab(
             logits = evenly(model, z)
             g = logits.gather(1, r.target[:, None])[:, 0] - logits.gather(1, r.y[:, None])[:, 0]
             w = gradient_of(g.sum(), z).flatten(1)
+        inside = (logits.argmax(1) != r.y) & (threat.length(r.z - r.x) <= threat.eps)  # the step back may be near enough where the step was not
+        found[r.index[inside]] = r.z[inside]
         now, clean, g = r.z.flatten(1), r.x.flatten(1), g.detach()
         d = onto_hyperplane(torch.cat([now, clean]), torch.cat([w, w]), torch.cat([-g, -g - (w * (clean - now)).sum(1)]), threat.norm)
         length = threat.length(d).clamp(min=1e-8)
@@ -237,10 +240,10 @@ def fab(
         r.z = ((1 - alpha) * (r.z + overshoot * d_now) + alpha * (r.x + overshoot * d_clean)).clamp(0, 1)
         with torch.no_grad():
             across = evenly(model, r.z).argmax(1) != r.y
-        inside = across & (threat.length(r.z - r.x) <= threat.eps)
-        found[r.index[inside]] = r.z[inside]
+        near = across & (threat.length(r.z - r.x) <= threat.eps) & ~inside
+        found[r.index[near]] = r.z[near]
         r.z = torch.where(per_image(across), r.x + back * (r.z - r.x), r.z)
-        r = r.keep(~inside)
+        r = r.keep(~(inside | near))
     return found, r.index
 
 

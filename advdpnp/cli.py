@@ -37,14 +37,13 @@ def import_model(
     "What a function without arguments returns, if that is a module."
     from torch import nn
 
-    module, _, function = spec.partition(":")
-    sys.path.insert(0, os.getcwd())
+    (module, _, function), here = spec.partition(":"), os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # and there it stays: the function may import its neighbours
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{spec} cannot be imported ({error}): expected package.module:function, seen from {os.getcwd()}") from error
-    finally:
-        sys.path.remove(os.getcwd())
+        raise ValueError(f"{spec} cannot be imported ({error}): expected package.module:function, seen from {here}") from error
     model = found()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec} returns {type(model).__name__}: expected a torch.nn.Module from images in [0, 1] to logits")
@@ -87,8 +86,11 @@ def evaluate(
 
         advdpnp evaluate my_package.models:robust_net --dataset photos/ --eps 4/255 --attacks fgsm,pgd20
     """
+    import torch
+
     from advdpnp.data import load_dataset, one_of, pick_device, replacing
     from advdpnp.evaluation import evaluate, report, robustbench_info, standard_attacks
+    from advdpnp.prototypes import PrototypeNet
     from advdpnp.runs import BUDGETS, load_checkpoint, provenance
 
     def get(spec):
@@ -102,9 +104,10 @@ def evaluate(
         if dataset is None and not config:
             raise ValueError("which data? name a data set with --dataset")
         data = load_dataset(dataset or config["dataset"], data_dir)
+        if norm == "l2" and eps is None:
+            raise ValueError("--norm l2 needs --eps, such as 0.5: budgets of linf mean nothing there")
         budget = parse_eps(eps) if eps else config.get("eps", BUDGETS.get(data.name, 8 / 255))
-        has_prototypes = hasattr(getattr(net, "head", None), "prototypes")
-        chosen = standard_attacks(budget, one_of(norm, ["linf", "l2"], "norm"), has_prototypes)
+        chosen = standard_attacks(budget, one_of(norm, ["linf", "l2"], "norm"), isinstance(net, PrototypeNet))
         if attacks:
             names = [one_of(name.strip(), [a.name for a in chosen], "attack") for name in attacks.split(",")]
             chosen = [a for a in chosen if a.name in names]
@@ -114,13 +117,15 @@ def evaluate(
         for file in filter(None, (output, robustbench)):
             if file.exists():
                 raise ValueError(f"{file} is there already: move it, or name another file with --output or --robustbench")
-        if robustbench and "autoattack" not in [a.name for a in chosen]:
-            raise ValueError("--robustbench needs the attack autoattack")
+        if autoattack_images and "autoattack" not in [a.name for a in chosen]:
+            raise ValueError("--autoattack-images needs the attack autoattack")
+        if robustbench and (autoattack_images or "autoattack" not in [a.name for a in chosen]):
+            raise ValueError("--robustbench needs the attack autoattack, on all images")
         kept = output.with_name(f".{output.name}.unfinished")
         limits = {"autoattack": autoattack_images} if autoattack_images else None
         other = get(twin)[0].to(place) if twin else None
         record = evaluate(net.to(place), data, chosen, images, limits, batch_size=batch_size, seed=seed, twin=other, resume=kept, quiet=quiet)
-        record = dict(model=model, **{**record, **provenance(place)})
+        record = dict(model=model, **{**record, **provenance(torch.device(record["device"]))})
         with replacing(output) as part:
             part.write_text(json.dumps(record, indent=1))
         kept.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import os
 import subprocess
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -240,6 +240,8 @@ class Ledger:
         if record is None:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
+            if time_limit is not None and time_limit <= 0:
+                return None
             try:
                 with one_thread(self.device):
                     record = self._measure(config, None if time_limit is None else time.time() + time_limit)
@@ -270,7 +272,7 @@ class Ledger:
     ) -> list[dict | None]:  # their records in order; None where time ran out
         "The records of several runs. What is missing is trained, then measured, side by side, the longest first."
         deadline = None if time_limit is None else time.time() + time_limit
-        missing = [config for config in configs if self.result(config) is None]
+        missing = [*{self.folder(config): config for config in configs if self.result(config) is None}.values()]
         missing.sort(key=lambda config: config["method"] in CLEAN_METHODS)
         for config in missing:
             self.dataset(config["dataset"])  # downloaded once, and not by every worker
@@ -291,12 +293,13 @@ class Ledger:
         with ProcessPoolExecutor(min(jobs, len(configs)), context, initializer=_become_worker, initargs=(os.getpid(),)) as pool:
             work = [pool.submit(do_alone, self.data_dir, self.device, self.quiet, step, config, deadline) for config in configs]
             try:
-                for one in work:
-                    one.result()
-            except BaseException:
+                errors = [one.exception() for one in as_completed(work) if one.exception()]
+            except BaseException:  # interrupted
                 for process in list(pool._processes.values()):
-                    process.terminate()  # each has saved its state, and goes on next time
+                    process.terminate()  # each goes on next time from the state it saved last
                 raise
+        if errors:
+            raise errors[0]  # when the others are done
 
     def _measure(self, config, deadline):
         dataset, trainer, folder = self.dataset(config["dataset"]), self.trainer(config), self.folder(config)

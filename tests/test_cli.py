@@ -48,13 +48,13 @@ def advdpnp(here, *words):
 
 
 def test_a_function_s_model_with_a_table_and_a_json(here):
-    done = advdpnp(here, "their_models:linear", "--dataset", "digits", "--eps", "4/255", "--images", 40, "--autoattack-images", 10, "--robustbench", "info.json", "--output", "record.json")
+    done = advdpnp(here, "their_models:linear", "--dataset", "digits", "--eps", "4/255", "--images", 40, "--robustbench", "info.json", "--output", "record.json")
     assert done.returncode == 0, done.stderr
     for word in ("autoattack", "… after square", "sanity checks failed", "batch-independent", "record.json"):
         assert word in done.stdout
     assert "pgd20" in done.stderr and "100%" in done.stderr  # progress
     record, info = (json.loads((here / name).read_text()) for name in ("record.json", "info.json"))
-    assert record["metrics"]["autoattack"]["n"] == 10 and record["metrics"]["autoattack"]["attack"]["eps"] == pytest.approx(4 / 255)
+    assert record["metrics"]["autoattack"]["n"] == 40 and record["metrics"]["autoattack"]["attack"]["eps"] == pytest.approx(4 / 255)
     assert record["versions"]["torch"] and record["device"].startswith("CPU")
     assert info["eps"] == "4/255" and info["autoattack_acc"] == f"{record['metrics']['autoattack']['accuracy']:.2f}"
     assert sorted(p.name for p in here.iterdir() if "pycache" not in p.name) == ["info.json", "record.json", "their_models.py"]  # nothing half-written
@@ -99,6 +99,8 @@ def test_interrupted_it_goes_on(here):
     (["their_models:linear", "--dataset", "digits", "--eps", "8:255"], "expected a number or a fraction"),
     (["their_models:linear", "--dataset", "digits", "--attacks", "pgd"], "unknown attack 'pgd': did you mean 'pgd20'"),
     (["their_models:linear", "--dataset", "digits", "--attacks", "prototype"], "unknown attack 'prototype'"),
+    (["their_models:linear", "--dataset", "digits", "--norm", "l2"], "--norm l2 needs --eps"),
+    (["their_models:linear", "--dataset", "digits", "--robustbench", "x.json", "--autoattack-images", "5"], "on all images"),
     (["their_models:linear", "--dataset", "digits", "--norm", "l1"], "unknown norm 'l1'"),
     (["their_models:linear", "--dataset", "digits", "--output", "their_models.py"], "is there already"),
     (["their_models:linear", "--dataset", "nothing/"], "is no folder of images"),

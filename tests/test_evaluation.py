@@ -156,7 +156,7 @@ def test_a_state_file_of_another_evaluation_is_refused(net, digits, tmp_path):
             evaluate(net, digits, **{**dict(attacks=[PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True), **changed})
     with torch.no_grad():
         net.head.directions.add_(0.1)
-    with pytest.raises(ValueError, match=r"another evaluation \(weights differ\)"):
+    with pytest.raises(ValueError, match=r"another evaluation \(logits differ\)"):
         evaluate(net, digits, [PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True)
 
 
