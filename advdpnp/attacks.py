@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EPOCH_BAR', 'ATTACK_BAR', 'per_image', 'ThreatModel', 'untouched', 'check_images', 'check_labels', 'gradient_of',
            'ascend', 'cross_entropy', 'margin', 'dlr', 'Attack', 'evenly', 'on_logits', 'PGD', 'FGSM', 'CW', 'DLR',
-           'prototype_distances', 'PrototypePGD', 'full_precision', 'correct', 'progress_bar', 'close_bar',
-           'check_inside', 'standing_after']
+           'prototype_distances', 'PrototypePGD', 'full_precision', 'all_logits', 'correct', 'progress_bar',
+           'close_bar', 'check_inside', 'standing_after']
 
 # %% ../nbs/40_attacks.ipynb #c002
 import math
@@ -361,16 +361,21 @@ def full_precision():
             place.fp32_precision = precision
 
 
-def correct(
+def all_logits(
     model: nn.Module,  # images in [0, 1] to logits
     loader: Loader,
-) -> torch.Tensor:  # (N,) bool
-    "Which images are classified correctly, in evaluation mode."
-    verdicts = []
-    for i, (x, y) in enumerate(loader):
+) -> torch.Tensor:  # (N, K) float32, on the CPU
+    "The logits of every image, in evaluation mode."
+    logits = []
+    for i, (x, _) in enumerate(loader):
         with full_precision(), torch.no_grad(), untouched(model, seeded(x.device, i)):
-            verdicts.append(model(x).argmax(1) == y)
-    return torch.cat(verdicts).cpu()
+            logits.append(model(x).float().cpu())
+    return torch.cat(logits)
+
+
+def correct(model, loader):
+    "Which images are classified correctly: (N,) bool."
+    return all_logits(model, loader).argmax(1) == loader.y.cpu()
 
 # %% ../nbs/40_attacks.ipynb #c039
 EPOCH_BAR = "{desc} {n_fmt}/{total_fmt} {bar:12} {elapsed}{postfix}"

@@ -211,7 +211,11 @@ class Ledger:
             return None
         same = {key: config[key] for key in ("dataset", "arch")}
         plain = make_config("standard", config["preset"], config["seed"], self.device, **same)
-        return self.model(plain) if (self.folder(plain) / "trained.json").exists() else None
+        return self.model(plain) if self.trained(plain) else None
+
+    def trained(self, config):
+        "Whether a run is trained to its last epoch."
+        return (self.folder(config) / "trained.json").exists()
 
     def train(
         self,
@@ -219,14 +223,13 @@ class Ledger:
         time_limit: float | None = None,  # seconds; None: until done
     ) -> bool:  # whether it is trained
         "Train a run from where it stopped."
-        path = self.folder(config) / "trained.json"
-        if not path.exists():
+        if not self.trained(config):
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)  # `provenance` reports this run's peak
             with one_thread(self.device):
                 if not self.trainer(config).fit(time_limit):
                     return False
-                with replacing(path) as part:
+                with replacing(self.folder(config) / "trained.json") as part:
                     part.write_text(json.dumps(provenance(self.device), indent=1))
         return True
 
@@ -279,8 +282,7 @@ class Ledger:
         if jobs == "auto":
             jobs = 1 if self.device.type == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         for step in ("train", "measure"):  # measured when all are trained: a run's undefended twin may be among them
-            trained = [c for c in missing if (self.folder(c) / "trained.json").exists()]
-            self._share(step, [c for c in missing if (c in trained) == (step == "measure")], jobs, deadline)
+            self._share(step, [config for config in missing if self.trained(config) == (step == "measure")], jobs, deadline)
         return [self.result(config) for config in configs]
 
     def _share(self, step, configs, jobs, deadline):

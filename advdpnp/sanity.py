@@ -129,12 +129,11 @@ def climb(
                 z = z.detach().requires_grad_()
                 logits = evenly(model, z)
                 loss = cross_entropy(logits, y)
+                gradient = gradient_of(loss.sum(), z) if step < attack.steps else None
             stands &= logits.argmax(1) == y
             losses.append(loss.mean().item())
             standing.append(100 * stands.double().mean().item())
             if step < attack.steps:
-                with torch.enable_grad():
-                    gradient = gradient_of(loss.sum(), z)
                 z = threat.project(z.detach() + attack.step_size * threat.uphill(gradient), x)
     return dict(steps=list(range(attack.steps + 1)), loss=losses, standing=standing, n=len(y))
 
@@ -202,7 +201,7 @@ def sanity(
     "Every check on one model."
     n = len(loader.x)
     percent = lambda v: 100 * v.double().mean().item()
-    clean, chance = correct(model, loader), 100 * loader.y.bincount().max().item() / n
+    clean, chance = verdicts["clean"], 100 * loader.y.bincount().max().item() / n
     x, y = loader.take(torch.arange(min(n, loader.batch_size)))
     right = (clean[: len(x)] if clean[: len(x)].any() else torch.ones_like(clean[: len(x)])).to(x.device)
     accuracy = {name: percent(v) for name, v in verdicts.items()}
