@@ -257,7 +257,7 @@ class PGD(Attack):
         return x_adv
 
     def search(self, model, x, y, generator):
-        "An adversarial image wherever one is met on the way, elsewhere the last iterate; input is not checked."
+        "An adversarial image wherever one is met on the way, elsewhere the image itself; input is not checked."
         threat, found, left = ThreatModel(self.eps, self.norm), x.clone(), torch.arange(len(x), device=x.device)
         with untouched(model, generator):
             for objective in self.objectives * self.restarts:
@@ -270,8 +270,8 @@ class PGD(Attack):
                         gradient = gradient_of(gain.sum(), x_adv) if step < self.steps else gain
                     stands = logits.argmax(1) == y[left]
                     x_adv = x_adv.detach()
-                    found[left] = x_adv
                     if not stands.all():
+                        found[left[~stands]] = x_adv[~stands]
                         left, x_adv, gradient = left[stands], x_adv[stands], gradient[stands]
                     if step < self.steps:
                         x_adv = threat.project(x_adv + self.step_size * threat.uphill(gradient), x[left])
@@ -439,8 +439,10 @@ def standing_after(
             with full_precision():
                 x_adv = search(model, x, y, generator)
                 check_inside(x_adv, x, attack)
-                with torch.no_grad(), untouched(model, generator):
-                    verdicts[index] = (model(x_adv).argmax(1) == y).cpu()
+                moved = (x_adv != x).flatten(1).any(1)  # the others stood, and stand
+                if moved.any():
+                    with torch.no_grad(), untouched(model, generator):
+                        verdicts[index[moved.cpu()]] = (evenly(model, x_adv[moved]).argmax(1) == y[moved]).cpu()
             bar.n = min(loader.batch_size * (i + 1) * passes, bar.total)  # what broke early saved the rest
             bar.set_postfix_str(f" {int(verdicts.sum())} of {len(verdicts)} stand", refresh=False)
             keep(i + 1, verdicts)
