@@ -91,7 +91,7 @@ def evaluate(
     from advdpnp.data import load_dataset, one_of, pick_device, replacing
     from advdpnp.evaluation import evaluate, report, robustbench_info, standard_attacks
     from advdpnp.prototypes import PrototypeNet
-    from advdpnp.runs import BUDGETS, load_checkpoint, provenance
+    from advdpnp.runs import budget_of, load_checkpoint, provenance
 
     def get(spec):
         if ":" not in spec and not Path(spec).exists():
@@ -106,8 +106,9 @@ def evaluate(
         data = load_dataset(dataset or config["dataset"], data_dir)
         if norm == "l2" and eps is None:
             raise ValueError("--norm l2 needs --eps, such as 0.5: budgets of linf mean nothing there")
-        budget = parse_eps(eps) if eps else config.get("eps", BUDGETS.get(data.name, 8 / 255))
-        chosen = standard_attacks(budget, one_of(norm, ["linf", "l2"], "norm"), isinstance(net, PrototypeNet))
+        budget = parse_eps(eps) if eps else config.get("eps", budget_of(data.name)["eps"])
+        step_size = None if eps or norm == "l2" else budget_of(data.name)["eval_step_size"]
+        chosen = standard_attacks(budget, one_of(norm, ["linf", "l2"], "norm"), isinstance(net, PrototypeNet), step_size)
         if attacks:
             names = [one_of(name.strip(), [a.name for a in chosen], "attack") for name in attacks.split(",")]
             chosen = [a for a in chosen if a.name in names]

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'OFFICIAL', 'one_of', 'check_split', 'channel_statistics', 'Dataset', 'embedded_digits', 'official_arrays',
-           'replacing', 'read_json', 'read_archive', 'read_folder', 'load_dataset', 'hold_out', 'seed_of', 'seeded',
-           'seed_globally', 'own_randomness', 'random_crop_flip', 'to_float', 'Loader', 'pick_device']
+           'replacing', 'read_json', 'read_archive', 'read_folder', 'load_dataset', 'hold_out', 'averaged', 'at_most',
+           'seed_of', 'seeded', 'seed_globally', 'own_randomness', 'random_crop_flip', 'to_float', 'Loader',
+           'pick_device']
 
 # %% ../nbs/00_data.ipynb #c003
 import difflib
@@ -245,6 +246,35 @@ def hold_out(
                    x_test=dataset.x_train[val], y_test=dataset.y_train[val])
 
 # %% ../nbs/00_data.ipynb #c037
+def averaged(
+    dataset: Dataset,
+    side: int,  # pixels; a divisor of the images' own side
+) -> Dataset:
+    "The same images, averaged over squares to `side` by `side` pixels."
+    h, w = dataset.x_test.shape[1:3]
+    if h != w or side < 1 or h % side:
+        raise ValueError(f"{dataset.name} cannot be averaged from {h}x{w} to {side}x{side} pixels: expected squares, and a divisor of their side")
+    shrink = lambda x: np.rint(x.reshape(len(x), side, h // side, side, h // side, -1).mean((2, 4), dtype=np.float32)).astype(np.uint8)
+    return replace(dataset, x_train=shrink(dataset.x_train), x_test=shrink(dataset.x_test), mean=(), std=())
+
+
+def at_most(
+    dataset: Dataset,
+    images: int,  # for training
+    seed: int = 0,  # of the choice; every smaller one is part of every larger one
+) -> Dataset:
+    "The same data set with at most `images` training images, as many of each class as its share."
+    y = dataset.y_train
+    if images < dataset.num_classes:
+        raise ValueError(f"{images} training images for {dataset.num_classes} classes: expected one of each at least")
+    order, place = np.random.default_rng(seed).permutation(len(y)), np.empty(len(y))
+    for label in range(dataset.num_classes):
+        mine = order[y[order] == label]
+        place[mine] = (np.arange(len(mine)) + 0.5) / max(len(mine), 1)
+    chosen = np.sort(np.argsort(place, kind="stable")[:images])
+    return replace(dataset, x_train=dataset.x_train[chosen], y_train=y[chosen])
+
+# %% ../nbs/00_data.ipynb #c040
 def seed_of(
     *key: int,  # non-negative integers: the seed, and where in the run we are
 ) -> int:  # 0 to 2**63 - 1
@@ -256,7 +286,7 @@ def seeded(device, *key):
     "A random generator on `device` that depends on `key` alone, see `seed_of`."
     return torch.Generator(device).manual_seed(seed_of(*key))
 
-# %% ../nbs/00_data.ipynb #c040
+# %% ../nbs/00_data.ipynb #c043
 def seed_globally(device, seed):
     "Seed the global generators of the CPU and of `device`, and of no other."
     torch.default_generator.manual_seed(seed)
@@ -275,7 +305,7 @@ def own_randomness(
         seed_globally(device, seed)
         yield
 
-# %% ../nbs/00_data.ipynb #c043
+# %% ../nbs/00_data.ipynb #c046
 def random_crop_flip(
     x: torch.Tensor,  # (B, H, W, C), any dtype
     padding: int,  # zeros added on each side; the crop starts anywhere in 0 to 2 * padding
@@ -293,14 +323,14 @@ def random_crop_flip(
     padded = F.pad(x, (0, 0, padding, padding, padding, padding))
     return padded[torch.arange(b, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
-# %% ../nbs/00_data.ipynb #c048
+# %% ../nbs/00_data.ipynb #c051
 def to_float(
     x: torch.Tensor,  # (B, H, W, C) uint8
 ) -> torch.Tensor:  # (B, C, H, W) float32 in [0, 1], channels-last in memory
     "Images as a model takes them."
     return x.permute(0, 3, 1, 2).float().div_(255)
 
-# %% ../nbs/00_data.ipynb #c050
+# %% ../nbs/00_data.ipynb #c053
 class Loader:
     "Batches of images in [0, 1] and labels, from arrays held on the device as uint8."
 
@@ -346,7 +376,7 @@ class Loader:
 
     __iter__ = epoch
 
-# %% ../nbs/00_data.ipynb #c053
+# %% ../nbs/00_data.ipynb #c056
 def pick_device(
     device: str | torch.device = "auto",  # "auto", "cpu", "cuda", "cuda:1", ...
 ) -> torch.device:

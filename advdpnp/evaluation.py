@@ -42,10 +42,11 @@ def standard_attacks(
     eps: float,  # radius of the ball, on the scale of images in [0, 1]
     norm: str = "linf",  # or "l2"
     prototypes: bool = False,  # attack distances to prototypes, too
+    step_size: float | None = None,  # of PGD, C&W and the attack on prototypes; None: eps / 4
 ) -> list:
     "The attacks of the tables."
-    attacks = [FGSM(eps, norm=norm), PGD(eps, norm=norm), CW(eps, norm=norm)]
-    return attacks + [PrototypePGD(eps, norm=norm)] * prototypes + [AutoAttack(eps, norm)]
+    attacks = [FGSM(eps, norm=norm), PGD(eps, step_size, norm=norm), CW(eps, step_size, norm=norm)]
+    return attacks + [PrototypePGD(eps, step_size, norm=norm)] * prototypes + [AutoAttack(eps, norm)]
 
 # %% ../nbs/60_evaluation.ipynb #c011
 def accuracy(
