@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from advdpnp.attacks import PGD
-from advdpnp.baselines import METHODS, make_net
+from advdpnp.baselines import METHODS, PGDAT, LinearNet, Standard, make_net
+from advdpnp.data import load_dataset
 from advdpnp.prototypes import PrototypeNet
 from advdpnp.runs import Ledger, config_hash, make_config
-from advdpnp.training import AdvDPNP, Trainer
+from advdpnp.training import AdvDPNP, Trainer, perturbed
 
 WORKER = """
 import sys, torch
@@ -232,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(digits, t
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: make_config("ADVDPNP", "quick", device="cpu"), "unknown method 'ADVDPNP'.*There are: standard, PGD-AT, TRADES, DPNP, Adv-DPNP"),
+    (lambda: make_config("ADVDPNP", "quick", device="cpu"), "unknown method 'ADVDPNP'.*There are: standard, PGD-AT, TRADES, MART, DPNP, dual-branch linear, Adv-DPNP"),
     (lambda: make_config("Trades", "quick", device="cpu"), "did you mean 'TRADES'"),
     (lambda: make_config("TRADES", "qiuck", device="cpu"), "unknown preset 'qiuck': did you mean 'quick'"),
     (lambda: make_config("TRADES", "quick", device="cpu", alignment=1), "unknown parameter 'alignment'"),
@@ -269,3 +271,53 @@ def test_a_gpu_trains_in_bf16_and_resumes(digits, tmp_path):
     assert make().fit(time_limit=0) is False
     resumed = make()
     assert resumed.fit() and resumed.history[-1]["clean"] > 50
+
+
+def test_weight_perturbation_and_averages_survive_an_interruption(tmp_path):
+    digits = load_dataset("digits")
+
+    def trainer(folder):
+        torch.manual_seed(0)
+        net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
+        return Trainer(net, PGDAT(0.2, steps=2), digits, epochs=2, batch_size=128, padding=0, val_size=200, awp=0.005, ema=0.9,
+                       val_attack=PGD(0.2, steps=2), folder=folder, quiet=True, device="cpu")
+
+    whole = trainer(tmp_path / "whole")
+    whole.fit()
+    while not trainer(tmp_path / "parts").fit(time_limit=0.7):
+        pass
+    parts = trainer(tmp_path / "parts")
+    for which in ("best", "last"):
+        assert all(torch.equal(value, parts.weights(which)[name]) for name, value in whole.weights(which).items())
+    raw = whole.net.state_dict()
+    assert any(not torch.equal(value, raw[name]) for name, value in whole.weights("last").items())
+
+
+def test_averaged_weights_are_the_running_mean():
+    digits, seen = load_dataset("digits"), []
+    torch.manual_seed(0)
+    net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
+    trainer = Trainer(net, Standard(), digits, epochs=1, batch_size=256, padding=0, val_size=200, ema=0.7, val_attack=PGD(0.2, steps=1), quiet=True, device="cpu")
+    trainer.optimizer.register_step_post_hook(lambda *_: seen.append(net.head.weight.detach().clone()))
+    trainer.fit()
+    mean = seen[0]
+    for weight in seen[1:]:
+        mean = 0.7 * mean + 0.3 * weight
+    assert len(seen) == 4 and torch.allclose(trainer.weights("last")["head.weight"], mean, atol=1e-6)
+
+
+def test_weight_perturbation_is_a_gradient_at_another_place():
+    "Against the step written out by hand, on a network without batch-norm."
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(3, (20,))
+    loss = lambda: torch.nn.functional.cross_entropy(net(x), y)
+    by_hand = copy.deepcopy(net)
+    for weight, gradient in zip((by_hand[0].weight, by_hand[2].weight), torch.autograd.grad(loss(), (net[0].weight, net[2].weight))):
+        weight.data += 0.01 * weight.norm() / gradient.norm() * gradient  # biases stay
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(by_hand(x), y), list(by_hand.parameters()))
+    before = [p.detach().clone() for p in net.parameters()]
+    with perturbed(net, loss, 0.01):
+        loss().backward()
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before))
+    assert all(torch.allclose(p.grad, e) for p, e in zip(net.parameters(), expected))
