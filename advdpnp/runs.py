@@ -35,7 +35,7 @@ from .training import Trainer, claim_folder
 _ALL = dict(weight_decay=5e-4, precision="float32", awp=0.0, ema=0.0, side=None, train_images=None, test_images=None)
 PRESETS = {
     "quick": _ALL | dict(dataset="digits", arch="cifar_resnet8", epochs=15, batch_size=64, lr=0.2, schedule="one-cycle",
-                         padding=0, val_size=200, steps=5, autoattack_images=100, check_images=100),
+                         padding=0, val_size=200, steps=5, autoattack_images=64, check_images=100),
     "small": _ALL | dict(dataset="cifar10", arch="cifar_resnet8_w24", side=16, train_images=25_000, epochs=12, batch_size=128, lr=0.2, schedule="one-cycle",
                          padding=2, val_size=1000, steps=5, autoattack_images=1000, check_images=500),
     "fast": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=30, batch_size=128, lr=0.1, schedule="one-cycle", precision="bf16",
