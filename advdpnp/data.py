@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'OFFICIAL', 'one_of', 'check_split', 'channel_statistics', 'Dataset', 'embedded_digits', 'official_arrays',
-           'replacing', 'read_json', 'read_archive', 'read_folder', 'load_dataset', 'hold_out', 'averaged', 'at_most',
-           'seed_of', 'seeded', 'seed_globally', 'own_randomness', 'random_crop_flip', 'to_float', 'Loader',
-           'pick_device']
+           'wrong_files', 'replacing', 'read_json', 'read_archive', 'read_folder', 'load_dataset', 'hold_out',
+           'averaged', 'at_most', 'seed_of', 'seeded', 'seed_globally', 'own_randomness', 'random_crop_flip',
+           'to_float', 'Loader', 'pick_device']
 
 # %% ../nbs/00_data.ipynb #c003
 import difflib
 import hashlib
+import http.client
 import json
 import os
 import zipfile
@@ -28,6 +29,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.utils import calculate_md5
 
 # %% ../nbs/00_data.ipynb #c006
 def one_of(
@@ -76,6 +78,7 @@ class Dataset:
     class_names: tuple = ()  # one name a class; empty: the numbers 0, 1, ... up to the largest label
     mean: tuple = ()  # per channel, of images in [0, 1]; empty: measured on x_train, or without one on x_test
     std: tuple = ()  # likewise
+    flip: bool | None = None  # whether a mirrored image is still an image of its class; None: unless `name` is in `DIGITS`
 
     def __post_init__(self):
         for split in ("train", "test"):
@@ -89,7 +92,8 @@ class Dataset:
         images = self.x_train if len(self.x_train) else self.x_test
         pixels = images.reshape(-1, images.shape[-1])
         mean, std = channel_statistics(pixels) if len(self.mean) == 0 or len(self.std) == 0 else (self.mean, self.std)
-        for key, value in dict(class_names=names, mean=tuple(map(float, mean)), std=tuple(map(float, std))).items():
+        flip = self.name not in DIGITS if self.flip is None else self.flip
+        for key, value in dict(class_names=names, mean=tuple(map(float, mean)), std=tuple(map(float, std)), flip=flip).items():
             object.__setattr__(self, key, value)
 
     def __repr__(self):
@@ -105,11 +109,6 @@ class Dataset:
     def channels(self):
         "Colour channels, C."
         return self.x_train.shape[-1]
-
-    @property
-    def flip(self):
-        "Whether a mirrored image is still an image of its class."
-        return self.name not in DIGITS
 
     @cached_property
     def sha256(self):
@@ -150,6 +149,27 @@ def official_arrays(
         arrays |= {f"x_{split}": images, f"y_{split}": np.asarray(labels, np.int64), "class_names": np.array(names)}
     return arrays
 
+
+def wrong_files(
+    name: str,  # one of `OFFICIAL`
+    data_dir: Path,  # where the published files should be
+) -> list[str]:  # a phrase a file; empty if all are as published
+    "What is missing or damaged of a published data set, by the md5 that torchvision knows."
+    if name == "svhn":
+        md5 = {file: md5 for _, file, md5 in (torchvision.datasets.SVHN.split_list[split] for split in ("train", "test"))}
+    else:
+        reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+        files = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
+        md5 = {f"{reader.base_folder}/{file}": md5 for file, md5 in files}
+    wrong = []
+    for file, expected in md5.items():
+        path = Path(data_dir) / file
+        if not path.exists():
+            wrong.append(f"{file} is missing")
+        elif (found := calculate_md5(path)) != expected:
+            wrong.append(f"{file} is damaged (md5 {found}, expected {expected})")
+    return wrong
+
 # %% ../nbs/00_data.ipynb #c026
 @contextmanager
 def replacing(path):
@@ -175,6 +195,8 @@ def read_json(path):
 def read_archive(path):
     "The `Dataset` stored at `path`; a ValueError says what is wrong with a damaged archive."
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} is not there: expected an .npz archive with x_train, y_train, x_test and y_test")
     try:
         with np.load(path) as archive:
             arrays = {key: archive[key] for key in archive.files}
@@ -220,9 +242,10 @@ def load_dataset(
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             arrays = official_arrays(name, path.parent)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torchvision found a file with another md5
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: torchvision found a file with another md5
             where = f"put {path.name} or the published files into {path.parent.resolve()}"
-            raise OSError(f"{name} could not be downloaded ({error}): {where}") from error
+            there = "; ".join(wrong_files(name, path.parent)) or "they are complete"
+            raise OSError(f"{name} could not be downloaded ({error}): {where}, where now {there}") from error
         with replacing(path) as part:
             np.savez(part, **arrays)
     return read_archive(path)
@@ -247,34 +270,46 @@ def hold_out(
 
 # %% ../nbs/00_data.ipynb #c037
 def averaged(
-    dataset: Dataset,
-    side: int,  # pixels; a divisor of the images' own side
-) -> Dataset:
-    "The same images, averaged over squares to `side` by `side` pixels."
-    h, w = dataset.x_test.shape[1:3]
-    if h != w or side < 1 or h % side:
-        raise ValueError(f"{dataset.name} cannot be averaged from {h}x{w} to {side}x{side} pixels: expected squares, and a divisor of their side")
-    shrink = lambda x: np.rint(x.reshape(len(x), side, h // side, side, h // side, -1).mean((2, 4), dtype=np.float32)).astype(np.uint8)
-    return replace(dataset, x_train=shrink(dataset.x_train), x_test=shrink(dataset.x_test), mean=(), std=())
-
-
-def at_most(
-    dataset: Dataset,
-    images: int,  # for training
-    seed: int = 0,  # of the choice; every smaller one is part of every larger one
-) -> Dataset:
-    "The same data set with at most `images` training images, as many of each class as its share."
-    y = dataset.y_train
-    if images < dataset.num_classes:
-        raise ValueError(f"{images} training images for {dataset.num_classes} classes: expected one of each at least")
-    order, place = np.random.default_rng(seed).permutation(len(y)), np.empty(len(y))
-    for label in range(dataset.num_classes):
-        mine = order[y[order] == label]
-        place[mine] = (np.arange(len(mine)) + 0.5) / max(len(mine), 1)
-    chosen = np.sort(np.argsort(place, kind="stable")[:images])
-    return replace(dataset, x_train=dataset.x_train[chosen], y_train=y[chosen])
+    dataset: Dataset,  # of square images
+    side: int,  # of the new images; divides the side of the old ones
+) -> Dataset:  # named "<name>-<side>px"; with no work to do, `dataset` itself
+    "The same images at side x side pixels, each pixel the rounded mean of a square of old ones."
+    h, w, _ = dataset.x_test.shape[1:]
+    if side < 1 or h != w or h % side:
+        raise ValueError(f"cannot average images of {dataset.name}, {h}x{w}, to {side}x{side}: expected square images and one of the sides "
+                         f"{', '.join(str(n) for n in range(1, h + 1) if h % n == 0)}")
+    if side == h:
+        return dataset
+    step = h // side
+    squares = [(i, j) for i in range(step) for j in range(step)]
+    def mean(x):
+        total = np.zeros((len(x), side, side, x.shape[-1]), np.uint32)
+        for i, j in squares:
+            total += x[:, i::step, j::step]
+        return ((total + step**2 // 2) // step**2).astype(np.uint8)
+    return replace(dataset, name=f"{dataset.name}-{side}px", x_train=mean(dataset.x_train), x_test=mean(dataset.x_test), mean=(), std=())
 
 # %% ../nbs/00_data.ipynb #c040
+def at_most(
+    dataset: Dataset,
+    train: int | None = None,  # training images to keep, stratified; None: all
+    test: int | None = None,  # test images to keep, the first ones, as is usual; None: all
+    seed: int = 0,  # of the choice of training images; every method and every training seed shares it
+) -> Dataset:  # under the same name; images in their old order
+    "A smaller data set: a stratified subset of the training images, and the first test images."
+    for value, least, what in ((train, dataset.num_classes, "training"), (test, 1, "test")):
+        if value is not None and value < least:
+            raise ValueError(f"cannot keep {value} {what} images of {dataset.name}: expected {least} or more, or None for all")
+    shuffled = np.random.RandomState(seed).permutation(len(dataset.y_train))  # the one NumPy generator whose numbers never change
+    place = np.empty(len(shuffled))  # of each image among its class, from 0 to 1
+    for label in range(dataset.num_classes):
+        mine = dataset.y_train[shuffled] == label
+        place[mine] = (np.arange(mine.sum()) + 0.5) / max(mine.sum(), 1)
+    kept = np.sort(shuffled[np.argsort(place, kind="stable")[:train]])
+    return replace(dataset, x_train=dataset.x_train[kept], y_train=dataset.y_train[kept],
+                   x_test=dataset.x_test[:test], y_test=dataset.y_test[:test])
+
+# %% ../nbs/00_data.ipynb #c043
 def seed_of(
     *key: int,  # non-negative integers: the seed, and where in the run we are
 ) -> int:  # 0 to 2**63 - 1
@@ -286,7 +321,7 @@ def seeded(device, *key):
     "A random generator on `device` that depends on `key` alone, see `seed_of`."
     return torch.Generator(device).manual_seed(seed_of(*key))
 
-# %% ../nbs/00_data.ipynb #c043
+# %% ../nbs/00_data.ipynb #c046
 def seed_globally(device, seed):
     "Seed the global generators of the CPU and of `device`, and of no other."
     torch.default_generator.manual_seed(seed)
@@ -305,7 +340,7 @@ def own_randomness(
         seed_globally(device, seed)
         yield
 
-# %% ../nbs/00_data.ipynb #c046
+# %% ../nbs/00_data.ipynb #c049
 def random_crop_flip(
     x: torch.Tensor,  # (B, H, W, C), any dtype
     padding: int,  # zeros added on each side; the crop starts anywhere in 0 to 2 * padding
@@ -323,14 +358,14 @@ def random_crop_flip(
     padded = F.pad(x, (0, 0, padding, padding, padding, padding))
     return padded[torch.arange(b, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
-# %% ../nbs/00_data.ipynb #c051
+# %% ../nbs/00_data.ipynb #c054
 def to_float(
     x: torch.Tensor,  # (B, H, W, C) uint8
 ) -> torch.Tensor:  # (B, C, H, W) float32 in [0, 1], channels-last in memory
     "Images as a model takes them."
     return x.permute(0, 3, 1, 2).float().div_(255)
 
-# %% ../nbs/00_data.ipynb #c053
+# %% ../nbs/00_data.ipynb #c056
 class Loader:
     "Batches of images in [0, 1] and labels, from arrays held on the device as uint8."
 
@@ -376,7 +411,7 @@ class Loader:
 
     __iter__ = epoch
 
-# %% ../nbs/00_data.ipynb #c056
+# %% ../nbs/00_data.ipynb #c059
 def pick_device(
     device: str | torch.device = "auto",  # "auto", "cpu", "cuda", "cuda:1", ...
 ) -> torch.device:

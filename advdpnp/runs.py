@@ -61,7 +61,7 @@ CHOSEN = {  # on held-out training images, twelve trials a method: see figure1
     },
 }
 
-# %% ../nbs/80_runs.ipynb #c007
+# %% ../nbs/80_runs.ipynb #c008
 def make_config(
     method: str,  # one of `METHODS`, with +AWP or +EMA behind it if wanted
     preset: str = "auto",  # one of `PRESETS`; "auto": "paper" with a GPU, "quick" without
@@ -91,7 +91,7 @@ def config_hash(config):
     "A short hash of a configuration."
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/80_runs.ipynb #c010
+# %% ../nbs/80_runs.ipynb #c011
 def check_parameters(
     given: dict,  # a notebook's globals
     known: list[str],  # the parameters it has
@@ -101,7 +101,7 @@ def check_parameters(
         if not name.startswith("_") and isinstance(value, (str, int, float, bool, type(None))):
             one_of(name, known, "parameter")
 
-# %% ../nbs/80_runs.ipynb #c013
+# %% ../nbs/80_runs.ipynb #c014
 def provenance(device):
     "What a number was made with: versions, commit, hardware."
     git = lambda *words: subprocess.run(["git", *words], cwd=Path(advdpnp.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
@@ -116,7 +116,7 @@ def provenance(device):
                 device=torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1),
                 peak_memory_bytes=torch.cuda.max_memory_allocated(device) if gpu else None)
 
-# %% ../nbs/80_runs.ipynb #c016
+# %% ../nbs/80_runs.ipynb #c017
 @contextmanager
 def one_thread(device):
     "Inside, arithmetic on a CPU uses one thread."
@@ -127,7 +127,7 @@ def one_thread(device):
     finally:
         torch.set_num_threads(threads)
 
-# %% ../nbs/80_runs.ipynb #c019
+# %% ../nbs/80_runs.ipynb #c020
 def load_checkpoint(
     path,  # a run's folder (its best epoch), or a .safetensors file in it
 ) -> tuple[torch.nn.Module, dict]:  # the network in evaluation mode, and the run's configuration
@@ -152,7 +152,7 @@ def load_checkpoint(
         raise ValueError(f"{path} is damaged or of another network ({error}): {advice}") from error
     return net.eval(), config
 
-# %% ../nbs/80_runs.ipynb #c022
+# %% ../nbs/80_runs.ipynb #c023
 @contextmanager
 def at_work(
     folder: Path,  # of a run
@@ -205,7 +205,7 @@ def status(
         return "trained", "not measured"
     return ("interrupted", f"after {epochs} epochs") if (folder / "config.json").exists() else ("missing", "")
 
-# %% ../nbs/80_runs.ipynb #c024
+# %% ../nbs/80_runs.ipynb #c025
 def _left(deadline):
     "Seconds until a `time.time()`; None stays None."
     return None if deadline is None else max(0.0, deadline - time.time())
@@ -389,7 +389,7 @@ class Ledger:
             record[which] = dict(epoch=trainer.best["epoch"] if which == "best" else trainer.epoch, sha256=sha256, **found)
         return record | dict(trained_with=read_json(folder / "trained.json"), **provenance(self.device))
 
-# %% ../nbs/80_runs.ipynb #c028
+# %% ../nbs/80_runs.ipynb #c029
 def do_alone(data_dir, device, quiet, step, config, deadline):
     "`Ledger.train` or `Ledger.measure` of one configuration, in whichever process this is."
     getattr(Ledger(data_dir, device, quiet), one_of(step, ["train", "measure"], "step"))(config, _left(deadline))

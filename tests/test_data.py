@@ -1,15 +1,27 @@
+import functools
+import hashlib
+import http.client
+import os
 import pickle
 import subprocess
 import sys
+import tarfile
+import urllib.error
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import scipy.io
+import scipy.stats
 import torch
 import torchvision
 
 from advdpnp import data
-from advdpnp.data import Dataset, Loader, hold_out, load_dataset, pick_device, random_crop_flip, replacing, seeded
+from advdpnp.attacks import FGSM
+from advdpnp.baselines import CLEAN_METHODS, METHODS, make_net
+from advdpnp.data import Dataset, Loader, at_most, averaged, hold_out, load_dataset, pick_device, random_crop_flip, replacing, seeded
+from advdpnp.training import Trainer
 
 RNG = np.random.default_rng(0)
 
@@ -36,43 +48,154 @@ def test_own_archive(archive):
     np.testing.assert_allclose(mine.std, (arrays["x_train"] / 255).std((0, 1, 2)))
 
 
-def published_cifar(folder, name, x_train, y_train, x_test, y_test, monkeypatch):
-    "Write the files of CIFAR's Python version, with these images."
+def killed(function):
+    "Call `function`, which ends its process with status 9 and cleans nothing up, in a child; whether it did."
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def no_network(*args, **kwargs):
+    raise urllib.error.URLError("no route to host")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    "torchvision finds no network."
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", no_network)
+
+
+def published(folder, name, monkeypatch, n=60):
+    "Write n training and n test images as the published files of a data set, and teach torchvision their md5."
+    classes = 100 if name == "cifar100" else 10
+    arrays = dict(x_train=images(n), y_train=np.arange(n) % classes, x_test=images(n), y_test=np.arange(n) % classes)
+    x_train, y_train, x_test, y_test = arrays.values()
+    folder.mkdir(exist_ok=True)
+    if name == "svhn":
+        split_list = dict(torchvision.datasets.SVHN.split_list)
+        for split, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):  # .mat files hold HWCN and call the digit 0 "10"
+            path = folder / f"{split}_32x32.mat"
+            scipy.io.savemat(path, {"X": x.transpose(1, 2, 3, 0), "y": np.where(y == 0, 10, y)[:, None]})
+            split_list[split] = [split_list[split][0], path.name, md5(path)]
+        monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", split_list)
+        return arrays | dict(class_names=tuple("0123456789"))
     reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    base, key = folder / reader.base_folder, "labels" if name == "cifar10" else "fine_labels"
+    base, key = folder / reader.base_folder, "fine_labels" if name == "cifar100" else "labels"
     base.mkdir()
-    flat = lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1)
-    files = [f for f, _ in reader.train_list]
-    for file, x, y in [*zip(files, np.split(x_train, len(files)), np.split(y_train, len(files))), (reader.test_list[0][0], x_test, y_test)]:
+    flat = lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # NCHW: all red, all green, all blue
+    train, test = [file for file, _ in reader.train_list], reader.test_list[0][0]
+    for file, x, y in [*zip(train, np.array_split(x_train, len(train)), np.array_split(y_train, len(train))), (test, x_test, y_test)]:
         (base / file).write_bytes(pickle.dumps({"data": flat(x), key: y.tolist()}))
-    names = [f"class {k}" for k in range(10 if name == "cifar10" else 100)]
-    (base / reader.meta["filename"]).write_bytes(pickle.dumps({reader.meta["key"]: names}))
-    monkeypatch.setattr(reader, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *a: True)
-    return names
+    names, meta = [f"class {k}" for k in range(classes)], reader.meta["filename"]
+    (base / meta).write_bytes(pickle.dumps({reader.meta["key"]: names}))
+    monkeypatch.setattr(reader, "train_list", [[file, md5(base / file)] for file in train])
+    monkeypatch.setattr(reader, "test_list", [[test, md5(base / test)]])
+    monkeypatch.setattr(reader, "meta", reader.meta | dict(md5=md5(base / meta)))
+    return arrays | dict(class_names=tuple(names))
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_published_cifar_files(tmp_path, monkeypatch, name):
-    k = 10 if name == "cifar10" else 100
-    x_train, x_test, y_train, y_test = images(2 * k), images(k), np.arange(2 * k) % k, np.arange(k)
-    names = published_cifar(tmp_path, name, x_train, y_train, x_test, y_test, monkeypatch)
+def train_on(dataset, method):
+    "An epoch of a few batches, and its validation; whether the network is another one afterwards."
+    torch.manual_seed(0)
+    net = make_net(method, "cifar_resnet8", dataset.num_classes, dataset.mean, dataset.std)
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    settings = {} if method in CLEAN_METHODS else dict(eps=8 / 255, steps=2)
+    trainer = Trainer(net, METHODS[method](**settings), at_most(dataset, train=2 * dataset.num_classes + 32), epochs=1, batch_size=32,
+                      val_size=dataset.num_classes, val_attack=FGSM(8 / 255), device="cpu", quiet=True)
+    assert trainer.fit() and np.isfinite(list(trainer.history[0].values())).all()
+    return [name for name, value in net.named_parameters() if torch.equal(value, before[name])] == []
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_published_files(tmp_path, monkeypatch, offline, name):
+    arrays = published(tmp_path, name, monkeypatch, n=300)
     first = load_dataset(name, tmp_path)
-    assert np.array_equal(first.x_train, x_train) and np.array_equal(first.y_test, y_test) and first.class_names == tuple(names)
+    for key, value in arrays.items():
+        assert np.array_equal(getattr(first, key), value)
+    assert first.flip == (name != "svhn")
     monkeypatch.setattr(data, "official_arrays", lambda *a: pytest.fail("the archive was not used"))
     second = load_dataset(name, tmp_path)
     assert second.sha256 == first.sha256 and second.class_names == first.class_names
+    assert train_on(second, "Adv-DPNP")
 
 
-def test_published_svhn_files(tmp_path, monkeypatch):
-    x, y = images(30), np.arange(30) % 10
-    for split in ("train", "test"):  # .mat files hold HWCN and call the digit 0 "10"
-        scipy.io.savemat(tmp_path / f"{split}_32x32.mat", {"X": x.transpose(1, 2, 3, 0), "y": np.where(y == 0, 10, y)[:, None]})
-    monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.svhn, "check_integrity", lambda *a: True)
-    monkeypatch.setattr(torchvision.datasets.svhn, "download_url", lambda *a: None)
-    svhn = load_dataset("svhn", tmp_path)
-    assert np.array_equal(svhn.x_train, x) and np.array_equal(svhn.y_test, y) and not svhn.flip
+@pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-batches-py/data_batch_3"), ("cifar10", "cifar-10-batches-py/batches.meta"),
+                                        ("cifar100", "cifar-100-python/test"), ("svhn", "train_32x32.mat")])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "damaged"])
+def test_a_bad_published_file_is_named(tmp_path, monkeypatch, offline, name, file, damage):
+    published(tmp_path, name, monkeypatch)
+    path = tmp_path / file
+    whole, good = path.read_bytes(), md5(path)
+    path.write_bytes(whole[:-1] if damage == "truncated" else whole[:30] + bytes([whole[30] ^ 1]) + whole[31:])
+    says = f"{file} is damaged .md5 {md5(path)}, expected {good}."
+    if damage == "missing":
+        path.unlink()
+        says = f"{file} is missing"
+    with pytest.raises(OSError, match=f"{name} could not be downloaded.*put {name}.npz or the published files into {tmp_path}, where now {says}$"):
+        load_dataset(name, tmp_path)
+    assert not list(tmp_path.glob("**/*.npz"))
+    path.write_bytes(whole)
+    assert len(load_dataset(name, tmp_path).x_train) == 60
+
+
+def test_half_a_download_is_seen_and_fetched_again(tmp_path, monkeypatch):
+    published(tmp_path / "server", "cifar10", monkeypatch)
+    archive, folder, reader = tmp_path / "server/cifar-10-python.tar.gz", tmp_path / "data", torchvision.datasets.CIFAR10
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "server" / reader.base_folder, reader.base_folder)
+    monkeypatch.setattr(reader, "tgz_md5", md5(archive))
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, **_: url)
+
+    def stopping_at(part, error=None):
+        def retrieve(url, path, **_):
+            Path(path).write_bytes(archive.read_bytes()[:part])
+            if error:
+                raise error
+        monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", retrieve)
+
+    stopping_at(1000)  # the server hangs up
+    with pytest.raises(OSError, match="cifar10 could not be downloaded .File not found or corrupted.*data_batch_1 is missing"):
+        load_dataset("cifar10", folder)
+    for error in (KeyboardInterrupt(), http.client.IncompleteRead(b"")):
+        stopping_at(1000, error)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            load_dataset("cifar10", folder)
+        assert [path.name for path in folder.iterdir()] == [archive.name]  # the half, and nothing made of it
+    stopping_at(None)
+    assert len(load_dataset("cifar10", folder).x_train) == 60
+
+
+def test_an_interrupted_conversion_leaves_no_archive(tmp_path, monkeypatch, offline):
+    arrays, savez = published(tmp_path, "svhn", monkeypatch), np.savez
+    before = sorted(tmp_path.iterdir())
+
+    def half(path, **arrays):
+        savez(path, **arrays)
+        path.write_bytes(path.read_bytes()[:1000])
+        stop()
+
+    monkeypatch.setattr(np, "savez", half)
+    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        stop = Mock(side_effect=error)
+        with pytest.raises(type(error)):
+            load_dataset("svhn", tmp_path)
+        assert sorted(tmp_path.iterdir()) == before
+    stop = lambda: os._exit(9)
+    assert killed(lambda: load_dataset("svhn", tmp_path))
+    assert len(list(tmp_path.iterdir())) == len(before) + 1 and not (tmp_path / "svhn.npz").exists()
+    with pytest.raises(ValueError, match="There are: digits, cifar10, cifar100, svhn$"):  # what was left is no data set
+        load_dataset("svnh", tmp_path)
+    monkeypatch.setattr(np, "savez", savez)
+    assert np.array_equal(load_dataset("svhn", tmp_path).x_test, arrays["x_test"])
 
 
 def test_unknown_name_leaves_nothing(archive):
@@ -122,14 +245,13 @@ def test_bad_archive(archive, change, message):
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.npz"
     path.write_bytes(b"old")
-    code = f"""
-import os
-from advdpnp.data import replacing
-with replacing({str(path)!r}) as part:
-    part.write_bytes(b"half")
-    os._exit(9)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+
+    def write_half():
+        with replacing(path) as part:
+            part.write_bytes(b"half")
+            os._exit(9)
+
+    assert killed(write_half)
     assert path.read_bytes() == b"old"
     with pytest.raises(KeyError), replacing(path) as part:
         part.write_bytes(b"half")
@@ -149,25 +271,23 @@ def test_held_out_images_are_stratified_disjoint_and_fixed(digits):
     assert (held.mean, held.class_names) == (digits.mean, digits.class_names)
 
 
-def test_augmentation_is_uniform_over_places_and_sides():
-    n, p = 40000, 2
-    x = torch.zeros(n, 5, 5, 1, dtype=torch.uint8)
-    x[:, 2, 1] = 1
-    out = random_crop_flip(x, p, True, seeded("cpu", 0)).float().mean(0)[..., 0]
-    expected = torch.zeros(5, 5)
-    for row in range(-p, p + 1):
-        for column in range(-p, p + 1):
-            for start in (1, 3):  # as it is, or mirrored
-                if 0 <= start + column < 5:
-                    expected[2 + row, start + column] += 1 / (2 * 25)
-    sigma = (expected * (1 - expected) / n).sqrt()
-    assert ((out - expected).abs() <= 5 * sigma + 1e-9).all()
-
-
-def test_images_of_a_batch_are_augmented_independently():
-    x = torch.arange(25, dtype=torch.uint8).view(1, 5, 5, 1).expand(200, -1, -1, -1)
-    out = random_crop_flip(x, 2, True, seeded("cpu", 0))
-    assert len({image.numpy().tobytes() for image in out}) > 40  # of 50 possible
+def test_crops_are_uniform_flips_are_half_and_each_image_has_its_own():
+    n, p = 100_000, 2
+    places = [(row, column, flip) for row in range(2 * p + 1) for column in range(2 * p + 1) for flip in (False, True)]
+    x = np.arange(1, 26, dtype=np.uint8).reshape(5, 5)  # every crop of it tells its offsets and its side
+    crops = {}
+    for i, (row, column, flip) in enumerate(places):
+        crop = np.pad(x, p)[row : row + 5, column : column + 5]
+        crops[(crop[:, ::-1] if flip else crop).tobytes()] = i
+    assert len(crops) == 50
+    out = random_crop_flip(torch.from_numpy(x)[..., None].expand(n, 5, 5, 1), p, True, seeded("cpu", 0))
+    drawn = np.array([crops[image.tobytes()] for image in out.numpy()])
+    assert scipy.stats.chisquare(np.bincount(drawn, minlength=50)).pvalue > 0.001
+    assert scipy.stats.binomtest(int((drawn % 2).sum()), n).pvalue > 0.001
+    pairs = np.bincount(50 * drawn[::2] + drawn[1::2], minlength=2500)  # neighbours in a batch know nothing of each other
+    assert scipy.stats.chisquare(pairs).pvalue > 0.001
+    content = random_crop_flip(torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 5, 5, 1), p, True, seeded("cpu", 0))
+    assert torch.equal(content.amax((1, 2, 3)), torch.arange(100, dtype=torch.uint8))  # every image is still itself
 
 
 def test_batches_depend_on_seed_epoch_and_place_alone(digits):
@@ -193,3 +313,83 @@ def test_hash_sees_every_array():
     for key in ("x_train", "x_test"):
         assert base.sha256 != Dataset("a", **({"x_train": x, "y_train": y, "x_test": x, "y_test": y} | {key: 255 - x})).sha256
     assert base.sha256 != Dataset("a", x, y, x, y[::-1].copy()).sha256
+
+
+def test_averaged_images_are_the_rounded_means_of_squares():
+    x, y = images(40), np.arange(40) % 4
+    small = averaged(Dataset("svhn", x, y, x[:5], y[:5], mean=(0, 0, 0), std=(1, 1, 1)), 8)
+    exact = x.reshape(40, 8, 4, 8, 4, 3).mean((2, 4))
+    assert (small.x_train.dtype, small.x_train.shape, small.x_test.shape) == (np.uint8, (40, 8, 8, 3), (5, 8, 8, 3))
+    assert np.abs(small.x_train - exact).max() <= 0.5 and np.array_equal(small.x_train[:5], small.x_test)
+    np.testing.assert_allclose(small.mean, (small.x_train / 255).mean((0, 1, 2)))  # measured anew
+    assert (small.name, small.flip, averaged(small, 8)) == ("svhn-8px", False, small)
+    assert averaged(Dataset("mine", np.full_like(x, 255), y, x, y), 1).x_train.min() == 255  # nothing overflows
+
+
+@pytest.mark.parametrize("side", [0, -8, 5, 64])
+def test_a_side_that_does_not_divide(side):
+    x, y = images(4), np.arange(4)
+    with pytest.raises(ValueError, match=f"mine, 32x32, to {side}x{side}: expected square images and one of the sides 1, 2, 4, 8, 16, 32"):
+        averaged(Dataset("mine", x, y, x, y), side)
+    with pytest.raises(ValueError, match="mine, 32x16, to 8x8: expected square images"):
+        averaged(Dataset("mine", x[:, :, :16], y, x[:, :, :16], y), 8)
+
+
+def test_subsets_are_stratified_nested_and_fixed():
+    y = np.repeat([0, 1, 2], [700, 250, 50])  # classes of different sizes
+    x = np.arange(1000, dtype=np.uint32).view(np.uint8).reshape(1000, 1, 1, 4)[..., :3]  # an image is its number
+    whole, before = Dataset("mine", x, y, x, y), set()
+    for size in (3, 10, 99, 500, 1000):
+        part = at_most(whole, train=size)
+        numbers = {image.tobytes() for image in part.x_train}
+        assert len(numbers) == size and before <= numbers
+        assert np.abs(np.bincount(part.y_train, minlength=3) - size * np.array([0.7, 0.25, 0.05])).max() <= 1
+        assert at_most(part, train=size).sha256 == part.sha256 == at_most(whole, train=size).sha256
+        before = numbers
+    assert at_most(whole, train=99, seed=1).sha256 != at_most(whole, train=99).sha256
+    part = at_most(whole, test=7)
+    assert np.array_equal(part.x_test, x[:7]) and part.num_classes == 3 and np.array_equal(part.x_train, x)
+    for size in (dict(train=2), dict(train=-5), dict(test=0)):
+        with pytest.raises(ValueError, match="cannot keep .* images of mine: expected . or more, or None for all"):
+            at_most(whole, **size)
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    "Unpacks a real data set into a folder, once."
+    source = os.environ.get("ADVDPNP_DATASETS")
+    if not source:
+        pytest.skip("ADVDPNP_DATASETS names no folder with packed real data and their unpack.py")
+    folder = tmp_path_factory.mktemp("real")
+
+    @functools.cache
+    def unpack(name):
+        subprocess.run([sys.executable, Path(source) / "unpack.py", name, folder / name], check=True)
+        return folder / name
+
+    return unpack
+
+
+@pytest.mark.parametrize("name, shapes, mean", [
+    ("cifar10", (50_000, 10_000), (0.4914, 0.4822, 0.4465)),
+    ("cifar100", (50_000, 10_000), (0.5071, 0.4865, 0.4409)),
+    ("svhn10k", (8_001, 1_999), None),
+])
+def test_real_data(packed, name, shapes, mean):
+    dataset = load_dataset(name, packed(name))
+    assert (len(dataset.x_train), len(dataset.x_test)) == shapes and dataset.x_train.shape[1:] == (32, 32, 3)
+    assert dataset.num_classes == (100 if name == "cifar100" else 10) and dataset.flip == (name != "svhn10k")
+    if mean:
+        np.testing.assert_allclose(dataset.mean, mean, atol=1e-4)
+        assert (np.bincount(dataset.y_train) == 50_000 // dataset.num_classes).all()
+    small = at_most(averaged(dataset, 16), train=1000)
+    assert small.x_train.shape == (1000, 16, 16, 3) and small.flip == dataset.flip
+    for method in METHODS:
+        assert train_on(dataset, method), method
+
+
+def test_real_published_files(packed, monkeypatch, offline):
+    folder = packed("cifar100-official")
+    assert data.wrong_files("cifar100", folder) == []  # the md5 are those of the published files
+    published, archive = load_dataset("cifar100", folder), load_dataset("cifar100", packed("cifar100"))
+    assert published.sha256 == archive.sha256 and published.class_names[:3] == ("apple", "aquarium_fish", "baby")
