@@ -114,11 +114,12 @@ def test_projection_against_the_official_one(norm, reference):
 def test_l2(models, loader, attack):
     net = models["PGD-AT"]
     x, y = loader.take(torch.arange(N))
-    references = {"apgd-ce": lambda: APGDAttack(net, n_iter=20, norm="L2", eps=1.0, loss="ce", seed=0), "apgd-t": lambda: APGDAttack_targeted(net, n_iter=20, norm="L2", eps=1.0, seed=0),
-                  "fab-t": lambda: FABAttack_PT(net, n_iter=20, norm="L2", eps=1.0, targeted=True, seed=0), "square": lambda: SquareAttack(net, norm="L2", n_queries=400, eps=1.0, seed=0, resc_schedule=False)}
-    mine = standing_after(net, loader, attack, correct(net, loader), quiet=True).sum()
-    theirs = stands(net, references[attack.name]().perturb(x.clone(), y.clone()), y).sum()
-    assert abs(int(mine) - int(theirs)) <= 3, (mine, theirs)
+    references = {"apgd-ce": lambda seed: APGDAttack(net, n_iter=20, norm="L2", eps=1.0, loss="ce", seed=seed), "apgd-t": lambda seed: APGDAttack_targeted(net, n_iter=20, norm="L2", eps=1.0, seed=seed),
+                  "fab-t": lambda seed: FABAttack_PT(net, n_iter=20, norm="L2", eps=1.0, targeted=True, seed=seed), "square": lambda seed: SquareAttack(net, norm="L2", n_queries=400, eps=1.0, seed=seed, resc_schedule=False)}
+    right, seeds = correct(net, loader), range(3)  # 60 images: random starts alone move one run by several
+    mine = sum(standing_after(net, loader, attack, right, seed, quiet=True).sum().item() for seed in seeds) / len(seeds)
+    theirs = sum(stands(net, references[attack.name](seed).perturb(x.clone(), y.clone()), y).sum().item() for seed in seeds) / len(seeds)
+    assert abs(mine - theirs) <= 3, (mine, theirs)
 
 
 def test_square_asks_only_what_it_does_not_know(models, loader):
