@@ -151,8 +151,9 @@ def evaluate(
             data = averaged(data, config["side"])  # what it was trained on
         if norm == "l2" and eps is None:
             raise ValueError("--norm l2 needs --eps, such as 0.5: budgets of linf mean nothing there")
-        budget = parse_eps(eps) if eps else config.get("eps", budget_of(data.name)["eps"])
-        step_size = None if eps or norm == "l2" else budget_of(data.name)["eval_step_size"]
+        usual = budget_of(data.name) | config  # a run knows its own; averaged images have another name
+        budget = parse_eps(eps) if eps else usual["eps"]
+        step_size = None if eps or norm == "l2" else usual["eval_step_size"]
         chosen = standard_attacks(budget, one_of(norm, ["linf", "l2"], "norm"), isinstance(net, PrototypeNet), step_size)
         if attacks:
             names = [one_of(name.strip(), [a.name for a in chosen], "attack") for name in attacks.split(",")]

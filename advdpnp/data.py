@@ -41,7 +41,8 @@ def one_of(
     options = list(options)
     if value in options:
         return value
-    near = difflib.get_close_matches(str(value), map(str, options), n=1, cutoff=0)[0]
+    lower = {str(option).lower(): str(option) for option in options}
+    near = lower[difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0)[0]]
     there_are = f" There are: {', '.join(map(str, options))}" if len(options) <= 40 else ""
     raise ValueError(f"unknown {what} {value!r}: did you mean {near!r}?{there_are}")
 

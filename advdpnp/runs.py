@@ -197,8 +197,8 @@ def status(
     if (folder / "result.json").exists():
         metrics = read_json(folder / "result.json")["best"]["metrics"]
         return "finished", ", ".join(f"{name} {metrics[name]['accuracy']:.1f}" for name in ("clean", "worst"))
-    if worker(folder):
-        return "running", f"process {worker(folder)}, after {epochs} epochs"
+    if process := worker(folder):
+        return "running", f"process {process}, after {epochs} epochs"
     if (folder / "error.txt").exists():
         return "failed", (folder / "error.txt").read_text().strip()
     if (folder / "trained.json").exists():
@@ -292,9 +292,11 @@ class Ledger:
         if not self.trained(config):
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)  # `provenance` reports this run's peak
-            with one_thread(self.device), at_work(self.folder(config)):
-                if not self.trainer(config).fit(time_limit):
-                    return False
+            with one_thread(self.device):
+                trainer = self.trainer(config)  # a configuration that cannot be leaves no folder behind
+                with at_work(self.folder(config)):
+                    if not trainer.fit(time_limit):
+                        return False
                 with replacing(self.folder(config) / "trained.json") as part:
                     part.write_text(json.dumps(provenance(self.device), indent=1))
         return True

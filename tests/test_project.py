@@ -107,7 +107,7 @@ def test_importing_needs_no_notebook_tools():
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("fastcore", "nbdev", "IPython", "ipykernel", "papermill", "pyautoattack", "foolbox", "torchattacks"):
+        if name.split(".")[0] in ("fastcore", "nbdev", "IPython", "ipykernel", "papermill", "matplotlib", "seaborn", "pyautoattack", "foolbox", "torchattacks"):
             raise ImportError("not a core dependency: " + name)
 sys.meta_path.insert(0, Refuse())
 import advdpnp.runs, advdpnp.cli

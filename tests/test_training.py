@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(digits, t
 
 @pytest.mark.parametrize("make, message", [
     (lambda: make_config("ADVDPNP", "quick", device="cpu"), "unknown method 'ADVDPNP'.*There are: standard, PGD-AT, TRADES, MART, DPNP, dual-branch linear, Adv-DPNP"),
-    (lambda: make_config("TRADE", "quick", device="cpu"), "did you mean 'TRADES'"),
+    (lambda: make_config("Trades", "quick", device="cpu"), "did you mean 'TRADES'"),
     (lambda: make_config("TRADES", "qiuck", device="cpu"), "unknown preset 'qiuck': did you mean 'quick'"),
     (lambda: make_config("TRADES", "quick", device="cpu", alignment=1), "unknown parameter 'alignment'"),
     (lambda: make_config("PGD-AT", "quick", device="cpu", epoch=1), "unknown parameter 'epoch': did you mean 'epochs'"),
