@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from .attacks import Attack, ThreatModel, cross_entropy, evenly, gradient_of, margin, per_image, untouched
+from .attacks import Attack, ThreatModel, cross_entropy, evenly, folded, gradient_of, margin, per_image, untouched
 
 # %% ../nbs/45_autoattack.ipynb #c007
 class Rows(SimpleNamespace):
@@ -160,7 +160,7 @@ class APGD(Search):
 
     def search(self, model, x, y, generator):
         "An adversarial image wherever one is found; input is not checked, and must be classified correctly."
-        with untouched(model, generator):
+        with untouched(model, generator), folded(model, x):
             loss = lambda logits, r: cross_entropy(logits, r.y)
             return apgd(model, loss, x, y, self.threat, self.steps, generator)[0]
 
@@ -185,7 +185,7 @@ class APGDT(APGD):
     def search(self, model, x, y, generator):
         "An adversarial image wherever one is found; input is not checked, and must be classified correctly."
         found, stands, done, room = x.clone(), torch.ones_like(y, dtype=torch.bool), 0, len(x)
-        with untouched(model, generator):
+        with untouched(model, generator), folded(model, x):
             targets = likely_targets(model, x, self.targets)
             while done < len(targets) and stands.any():
                 left = stands.nonzero()[:, 0]
@@ -386,7 +386,7 @@ class Square(Search):
         propose = push_square if self.norm == "linf" else move_budget
         found, (c, h, w) = x.clone(), x.shape[1:]
         draws = torch.rand(self.queries, 5 + c, generator=generator, device=x.device).tolist()
-        with torch.no_grad(), untouched(model, generator):
+        with torch.no_grad(), untouched(model, generator), folded(model, x):
             r = Rows(index=torch.arange(len(x), device=x.device), x=x, y=y, z=first_squares(x, self.threat, generator),
                      low=(x - self.eps).clamp(min=0), high=(x + self.eps).clamp(max=1))
             r.margin, r.changed, asked = margin(model(r.z), y), torch.zeros_like(y), {}

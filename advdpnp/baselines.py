@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attacks import ThreatModel, ascend, untouched
+from .attacks import ThreatModel, ascend, folded, untouched
 from .data import one_of
 from .losses import AdvDPNPLoss, Supervised, consistency
 from .prototypes import Classifier, PrototypeNet, make_backbone
@@ -72,7 +72,7 @@ class TRADES(Supervised):
 
     def craft(self, net, x, y, generator):
         "Images whose prediction diverges from the clean one; labels are not used."
-        with untouched(net, generator):
+        with untouched(net, generator), folded(net, x):
             with torch.no_grad():
                 logits = net(x)
             threat = ThreatModel(self.eps)
