@@ -116,7 +116,7 @@ class DPNP(Supervised):
 
     def loss(self, net, x, x_adv, y):
         "The loss of a batch, and its terms."
-        loss = AdvDPNPLoss(self.alignment, self.repulsion, label_smoothing=self.label_smoothing)
+        loss = AdvDPNPLoss(alignment=self.alignment, repulsion=self.repulsion, label_smoothing=self.label_smoothing)
         terms = loss.clean_branch(net.head, net.features(x), y)
         return loss.total(terms), terms
 

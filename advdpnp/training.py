@@ -23,20 +23,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .attacks import PGD, close_bar, correct, progress_bar, standing_after
 from .data import Dataset, Loader, hold_out, one_of, own_randomness, pick_device, read_json, replacing
 from .data import seed_globally, seed_of, seeded
-from .losses import AdvDPNPLoss, Supervised
+from .losses import AdvDPNPLoss
 
 # %% ../nbs/50_training.ipynb #c011
 @dataclass(frozen=True)
-class AdvDPNP(Supervised):
+class AdvDPNP(AdvDPNPLoss):
     "Adv-DPNP: prototypes learn from clean images, the backbone from clean and adversarial ones."
 
     eps: float  # of the training attack, linf, on the scale of images in [0, 1]
     steps: int = 10  # of the training attack
-    alignment: float = 0.1  # lambda_p
-    repulsion: float = 0.1  # lambda_n
-    consistency: float = 1.0  # lambda_c
-    clean_weight: float = 1.0  # of the clean branch's cross-entropy and alignment
-    clean_only_update: bool = True  # False: adversarial images move the prototypes, too
     shared_batch: bool = False  # one pass for both branches: adversarial images then reach the prototypes through batch-norm
 
     def craft(self, net, x, y, generator):
@@ -49,9 +44,7 @@ class AdvDPNP(Supervised):
             features, adv_features = net.features(torch.cat([x, x_adv])).chunk(2)
         else:
             features, adv_features = net.features(x), net.features(x_adv)
-        loss = AdvDPNPLoss(self.alignment, self.repulsion, self.consistency, self.clean_weight, self.clean_only_update,
-                           label_smoothing=self.label_smoothing)
-        return loss(net.head, features, adv_features, y)
+        return self(net.head, features, adv_features, y)
 
 # %% ../nbs/50_training.ipynb #c016
 def one_cycle(progress):

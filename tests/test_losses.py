@@ -62,7 +62,7 @@ def test_terms_and_total(case):
     same(losses.negative_repulsion(head.prototypes), expected["repulsion"])
     same(losses.consistency(head(tf), head(tf_adv)), expected["consistency"])
 
-    total, terms = AdvDPNPLoss(0.7, 0.4, 2.5)(head, tf, tf_adv, ty)
+    total, terms = AdvDPNPLoss(alignment=0.7, repulsion=0.4, consistency=2.5)(head, tf, tf_adv, ty)
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         same(terms[name], value)
