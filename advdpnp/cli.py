@@ -244,11 +244,11 @@ def runs(
 # %% ../nbs/90_cli.ipynb #c027
 @app.command()
 def table(
-    number: Annotated[int, typer.Argument(help="1: CIFAR-10, 2: CIFAR-100, 3: SVHN.")],
+    number: Annotated[int, typer.Argument(help="1: CIFAR-10, 2: CIFAR-100, 3: SVHN, 4: corruptions, 5: geometry of features, 6: ablation.")],
     preset: Annotated[str, typer.Option(help="quick, small, fast or paper; auto: paper with a GPU, quick without.")] = "auto",
     dataset: Annotated[str, typer.Option(help="Another data set than the table's.")] = "",
-    methods: Annotated[Optional[str], typer.Option(help="With commas; each may have +AWP or +EMA behind it. Default: all.")] = None,
-    seeds: Annotated[str, typer.Option(help="Such as 0,1,2. Default: those three for small and paper, 0 for the others.")] = "auto",
+    methods: Annotated[str, typer.Option(help="With commas; each may have +AWP or +EMA behind it; in table 6, its rows. Default: all, or what the preset has time for.")] = "",
+    seeds: Annotated[str, typer.Option(help="Such as 0,1,2. Default: those three for paper and for small CIFAR-10, 0 for the others.")] = "auto",
     time_limit: Annotated[Optional[str], typer.Option(help="Stop in time with everything saved: 90s, 9m, 1h30m.")] = None,
     jobs: Annotated[str, typer.Option(help="Runs side by side, one thread each; auto: one on a GPU, else one a core.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -266,21 +266,15 @@ def table(
         advdpnp table 3 --dataset svhn10k --preset small --methods "TRADES, Adv-DPNP" --seeds 0,1,2 --jobs 2
     """
     with plain_errors():
-        from advdpnp.runs import Ledger, status
-        from advdpnp.tables import save_table, table_configs, table_stem
+        from advdpnp.tables import make_table
 
         if jobs != "auto" and not (jobs.isdigit() and int(jobs)):
             raise ValueError(f"--jobs is {jobs!r}: expected a number of runs, or auto")
-        given = {"methods": methods} if methods else {}
-        configs = table_configs(number, preset, dataset, seeds=seeds, device=device, **given)
-        ledger = Ledger(data_dir, device, quiet)
-        results = ledger.run_all(configs, jobs if jobs == "auto" else int(jobs), parse_time(time_limit) if time_limit else None)
-        records = [record for record in results if record]
-        saved = save_table(records, table_stem(number, configs, records, data_dir), data_dir) if records else []
-    if saved:
-        Console().print(Markdown(saved[-1].read_text()))
-    for config, record in zip(configs, results):
-        if record is None:
-            typer.echo(f"left: {config['method']}, seed {config['seed']}: {' '.join(status(ledger.folder(config)))}".rstrip())
-    for path in saved:
+        limit = parse_time(time_limit) if time_limit else None
+        made = make_table(number, preset, dataset, methods, seeds, limit, device, data_dir, jobs if jobs == "auto" else int(jobs), quiet)
+    if made.files:
+        Console().print(Markdown(made.files[-1].read_text()))
+    for line in made.left:
+        typer.echo(f"left: {line}".rstrip())
+    for path in made.files:
         typer.echo(path)
