@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
-from .data import Loader, one_of, own_randomness, seeded
+from .data import Loader, one_of, own_randomness, seed_of, seeded
 
 # %% ../nbs/40_attacks.ipynb #c005
 def per_image(
@@ -86,8 +86,11 @@ def untouched(
     "Inside, `model` is in evaluation mode and its parameters are frozen; outside, nothing has changed."
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    seed = torch.randint(2**31, (), generator=generator, device=generator.device)
-    with own_randomness(generator.device, int(seed)):
+    if generator.device.type == "cuda":  # a number read back would make the GPU wait
+        seed = seed_of(generator.initial_seed() % 2**63, generator.get_offset())
+    else:
+        seed = int(torch.randint(2**31, (), generator=generator.clone_state()))  # looks ahead, and takes nothing
+    with own_randomness(generator.device, seed):
         model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
@@ -109,7 +112,7 @@ def batch_norms_after_convolutions(
 ) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:  # empty if folding them would change what the model says
     "Where a batch-norm takes what a convolution gives, found by watching one pass."
     convolutions = [m for m in model.modules() if type(m) is nn.Conv2d and m._parameters.get("weight") is not None]
-    norms = [m for m in model.modules() if type(m) is nn.BatchNorm2d and m.affine and m.track_running_stats and "forward" not in vars(m)]
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not hasattr(m, "act") and m.affine and m.track_running_stats and "forward" not in vars(m)]
     if not norms:
         return []
     given, pairs = [], []
@@ -155,7 +158,7 @@ def folded(
 ):
     "Inside, `model` computes the same with batch-norms folded into convolutions; outside, nothing has changed."
     if model not in _FOLDS:
-        compiled = any(hasattr(m, "_orig_mod") for m in model.modules())  # would be compiled again at every turn
+        compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())  # would be compiled again at every turn
         _FOLDS[model] = [] if compiled or len(x) == 0 else batch_norms_after_convolutions(model, x)
     with fold([(conv, norm) for conv, norm in _FOLDS[model] if "forward" not in vars(norm)]):  # the others are folded already
         yield

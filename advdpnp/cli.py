@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import time
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -203,15 +204,24 @@ def train(
         advdpnp train Adv-DPNP --preset quick
 
         advdpnp train TRADES+EMA --preset fast --dataset cifar100 --seed 1 --set beta=3 --time-limit 9m
+
+        torchrun --nproc_per_node=2 -m advdpnp train Adv-DPNP --preset paper
     """
     with plain_errors():
         from advdpnp.evaluation import report
+        from advdpnp.parallel import share, together
         from advdpnp.runs import Ledger, make_config, status
 
         changes = parse_settings(settings or []) | ({"dataset": dataset} if dataset else {})
-        config = make_config(method, preset, seed, device, **changes)
-        ledger = Ledger(data_dir, device, quiet)
-        record = ledger.run(config, parse_time(time_limit) if time_limit else None)
+        config, deadline = make_config(method, preset, seed, device, **changes), parse_time(time_limit) + time.time() if time_limit else None
+        left = lambda: None if deadline is None else max(0.0, deadline - time.time())
+        with together(device) as place:
+            rank, ledger = share()[0], Ledger(data_dir, place, quiet or share()[0] > 0)
+            if ledger.result(config) is None:
+                ledger.train(config, left())
+        if rank:
+            return  # the first process measures
+        record = ledger.run(config, left())
     if record is None:
         typer.echo(f"time is up: {' '.join(status(ledger.folder(config)))}; the same command goes on")
     else:

@@ -6,7 +6,7 @@
 __all__ = ['DIGITS', 'OFFICIAL', 'one_of', 'check_split', 'channel_statistics', 'Dataset', 'embedded_digits', 'official_arrays',
            'wrong_files', 'replacing', 'read_json', 'read_archive', 'read_folder', 'load_dataset', 'hold_out',
            'averaged', 'at_most', 'seed_of', 'seeded', 'seed_globally', 'own_randomness', 'random_crop_flip',
-           'to_float', 'Loader', 'pick_device']
+           'to_float', 'Loader', 'Stream', 'pick_device']
 
 # %% ../nbs/00_data.ipynb #c003
 import difflib
@@ -380,10 +380,11 @@ class Loader:
         flip: bool = False,  # mirror half of the images
         seed: int = 0,  # of order and augmentation
         device="cpu",
+        rows: slice = slice(None),  # of each batch: what this process takes, if several share them
     ):
         self.x, self.y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
         self.batch_size, self.train = min(batch_size, len(x)), train
-        self.padding, self.flip, self.seed = padding, flip, seed
+        self.padding, self.flip, self.seed, self.rows = padding, flip, seed, rows
 
     def __len__(self):
         return len(self.x) // self.batch_size if self.train else -(-len(self.x) // self.batch_size)
@@ -408,9 +409,38 @@ class Loader:
             x = self.x[index]
             if self.train and (self.padding or self.flip):
                 x = random_crop_flip(x, self.padding, self.flip, seeded(device, self.seed, epoch, i, 2))
-            yield to_float(x), self.y[index]
+            yield to_float(x[self.rows]), self.y[index[self.rows]]
 
     __iter__ = epoch
+
+# %% ../nbs/00_data.ipynb #c057b
+class Stream:
+    "Batches from any iterable of images and labels, for data that memory does not hold."
+
+    def __init__(
+        self,
+        batches,  # has a length; each iteration gives an epoch of images (B, C, H, W), uint8 or floats in [0, 1], and labels (B,)
+        device="cpu",
+    ):
+        self.batches, self.device = batches, device
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(
+        self,
+        epoch: int = 0,  # told to a sampler that has `set_epoch`
+        start: int = 0,  # first batch; those before it are read and left out
+    ):
+        "Yield the batches of one epoch."
+        getattr(getattr(self.batches, "sampler", None), "set_epoch", lambda _: None)(epoch)
+        for i, (x, y) in enumerate(self.batches):
+            if i == start and (x.ndim != 4 or (x.is_floating_point() and not 0 <= x.min() <= x.max() <= 1)):
+                raise ValueError(f"a batch of the stream is {x.dtype} {tuple(x.shape)} from {x.min():.4g} to {x.max():.4g}, "
+                                 "expected (B, C, H, W), uint8 or floats in [0, 1]: normalise inside the model")
+            if i >= start:
+                x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+                yield x if x.is_floating_point() else x.float().div_(255), y.to(self.device, torch.int64, non_blocking=True)
 
 # %% ../nbs/00_data.ipynb #c059
 def pick_device(

@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
 from .evaluation import evaluate, standard_attacks
 from .geometry import geometry
+from .parallel import share
 from .training import Trainer, claim_folder
 
 # %% ../nbs/80_runs.ipynb #c005
@@ -308,13 +309,15 @@ class Ledger:
         if not self.trained(config):
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)  # `provenance` reports this run's peak
+            first, processes = share()[0] == 0, share()[1]
             with one_thread(self.device):
                 trainer = self.trainer(config)  # a configuration that cannot be leaves no folder behind
-                with at_work(self.folder(config)):
+                with at_work(self.folder(config)) if first else nullcontext():
                     if not trainer.fit(time_limit):
                         return False
-                with replacing(self.folder(config) / "trained.json") as part:
-                    part.write_text(json.dumps(provenance(self.device), indent=1))
+                if first:
+                    with replacing(self.folder(config) / "trained.json") as part:
+                        part.write_text(json.dumps(provenance(self.device) | dict(processes=processes), indent=1))
         return True
 
     def measure(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'AdvDPNP', 'one_cycle', 'drops', 'perturbed', 'save_checkpoint', 'load_state', 'claim_folder',
-           'check_finite', 'Trainer']
+           'check_finite', 'Branches', 'Trainer']
 
 # %% ../nbs/50_training.ipynb #c002
 import dataclasses
@@ -18,12 +18,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .attacks import PGD, close_bar, correct, progress_bar, standing_after
-from .data import Dataset, Loader, hold_out, one_of, own_randomness, pick_device, read_json, replacing
+from .data import Dataset, Loader, Stream, hold_out, one_of, own_randomness, pick_device, read_json, replacing
 from .data import seed_globally, seed_of, seeded
 from .losses import AdvDPNPLoss
+from .parallel import after_earlier_rows, as_the_first_says, mean_over_processes, my_rows, share, share_batch_norms, wait_for_all
 
 # %% ../nbs/50_training.ipynb #c011
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def perturbed(
 ):
     "Inside, the weights are a step up the loss (AWP; Wu et al., NeurIPS 2020); outside, they have not moved."
     weights, buffers = [p for p in net.parameters() if p.ndim > 1], [b.clone() for b in net.buffers()]
-    gradients = torch.autograd.grad(loss(), weights)
+    gradients = mean_over_processes(torch.autograd.grad(loss(), weights))
     before = [w.detach().clone() for w in weights]
     with torch.no_grad():
         for buffer, value in zip(net.buffers(), buffers):
@@ -142,6 +144,18 @@ def check_finite(
         values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
         raise FloatingPointError(f"the {what} is not finite at {where}: {values}. A lower learning rate may help")
 
+# %% ../nbs/50_training.ipynb #c031b
+class Branches(torch.nn.Module):
+    "A method's loss of a network, as a module."
+
+    def __init__(self, net, method):
+        super().__init__()
+        self.net, self.method = net, method
+
+    def forward(self, x, x_adv, y):
+        "The loss of a batch, and its terms."
+        return self.method.loss(self.net, x, x_adv, y)
+
 # %% ../nbs/50_training.ipynb #c033
 class Trainer:
     "Train `net` with `method`, choosing the best epoch on held-out training images."
@@ -150,8 +164,9 @@ class Trainer:
         self,
         net,  # a `Classifier`; trained in place, on `device`
         method,  # a dataclass with craft(net, x, y, generator) -> x_adv and loss(net, x, x_adv, y) -> (loss, terms)
-        dataset: Dataset,  # its test images are never used
+        dataset: Dataset,  # its test images are never used; with a stream, they are what is held out
         *,
+        stream=None,  # batches to train on instead of the data set's training images, see `Stream`
         epochs: int = 30,
         batch_size: int = 128,
         lr: float = 0.1,  # peak learning rate of SGD
@@ -164,6 +179,7 @@ class Trainer:
         val_size: int | None = None,  # held-out images; None: a tenth of the training images, at most 1,000
         val_attack=None,  # what "robust" means on them; None: PGD with 10 steps at the method's eps, else at 8/255
         precision: str = "float32",  # or "bf16": autocast while training; evaluation is always float32
+        compile: bool = False,  # compile the backbone with torch.compile, which takes a minute and pays in long runs
         seed: int = 0,  # of order, augmentation and attacks; the network's initial weights are the caller's
         device="auto",
         folder=None,  # for checkpoints and metrics; None: keep nothing on disk
@@ -175,17 +191,22 @@ class Trainer:
         one_of(schedule, SCHEDULES, "schedule")
         one_of(precision, ["float32", "bf16"], "precision")
         self.device = pick_device(device)
-        self.net, self.method = net.to(self.device, memory_format=torch.channels_last), method
-        held = hold_out(dataset, val_size)
+        self.net, self.method = share_batch_norms(net.to(self.device, memory_format=torch.channels_last)), method
+        held = hold_out(dataset, val_size) if stream is None else dataset
         padding = held.x_train.shape[1] // 8 if padding is None else padding
-        self.loader = Loader(held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip,
-                             seed=seed, device=self.device)
+        self.loader = Stream(stream, self.device) if stream is not None else Loader(
+            held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip, seed=seed, device=self.device, rows=my_rows(batch_size))
         self.val_loader = Loader(held.x_test, held.y_test, 256, device=self.device)
         self.val_attack = val_attack or PGD(getattr(method, "eps", 8 / 255), steps=10)
-        self.optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=self.device.type == "cuda")
         if not (0 <= awp < 1 and 0 <= ema < 1):
             raise ValueError(f"awp is {awp} and ema is {ema}: expected 0, for none, to less than 1")
         self.awp, self.average = awp, AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        if compile:
+            self.net.backbone.compile()
+        self.branches = Branches(self.net, method)
+        if share()[1] > 1:
+            self.branches = DistributedDataParallel(self.branches, broadcast_buffers=False)
         self.epochs, self.lr, self.schedule, self.precision, self.seed = epochs, lr, schedule, precision, seed
         self.save_every, self.quiet, self.name = save_every, quiet, name or type(method).__name__
         self.epoch, self.batch, self.seconds = 0, 0, 0.0  # where we are
@@ -198,9 +219,12 @@ class Trainer:
             "data_sha256": held.sha256, "val_images": len(held.x_test), "val_attack": dataclasses.asdict(self.val_attack),
             "epochs": epochs, "batch_size": batch_size, "lr": lr, "momentum": momentum, "weight_decay": weight_decay,
             "awp": awp, "ema": ema, "schedule": schedule, "padding": padding, "flip": held.flip, "precision": precision, "seed": seed,
-        } | (config or {})
+        } | ({} if stream is None else {"stream": len(stream)}) | (config or {})
         self.folder = None if folder is None else Path(folder)
         if self.folder:
+            if share()[0] == 0:
+                claim_folder(self.folder, self.config)
+            wait_for_all()
             claim_folder(self.folder, self.config)
             if (self.folder / "state.pt").exists():
                 state = load_state(self.folder / "state.pt", self.device)
@@ -230,16 +254,16 @@ class Trainer:
         title = f"{self.name} epoch {self.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
         with progress_bar(len(self.loader), title, self.batch, self.quiet) as bar:
             for x, y in self.loader.epoch(self.epoch, start=self.batch):
-                if time.monotonic() >= deadline:
+                if self._late(deadline):
                     break
                 self._step(x, y)
                 bar.update()
-                if self.device.type == "cpu" or self.batch % 50 == 0:  # reading a number back makes a GPU wait
+                if self.device.type == "cpu":  # a GPU would have to wait for a number to be read: it is looked at once an epoch
                     check_finite(self._latest, f"epoch {self.epoch + 1}, batch {self.batch}")
                     bar.set_postfix_str(self._terms(), refresh=False)
                 if time.monotonic() - self._saved > self.save_every:
                     self._pause()
-            if time.monotonic() >= deadline:
+            if self._late(deadline):
                 self._pause()
                 close_bar(bar, " time is up")
                 return False
@@ -247,6 +271,9 @@ class Trainer:
             line, left = self.history[-1], int(self.seconds / self.epoch * (self.epochs - self.epoch))
             close_bar(bar, f" {self._terms(line)} | val clean {line['clean']:.1f} robust {line['robust']:.1f} | {left // 60}:{left % 60:02d} left")
         return True
+
+    def _late(self, deadline):
+        return deadline < float("inf") and as_the_first_says(time.monotonic() >= deadline)
 
     def _step(self, x, y):
         key = (self.seed, self.epoch, self.batch, 1)
@@ -257,20 +284,20 @@ class Trainer:
         self.net.train()
         autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         with autocast():
-            x_adv = self.method.craft(self.net, x, y, seeded(self.device, *key))
+            x_adv = self.method.craft(self.net, x, y, after_earlier_rows(seeded(self.device, *key), x))
 
-        def loss_here():
+        def loss_here(branches):
             with autocast():
-                return self.method.loss(self.net, x, x_adv, y)
+                return branches(x, x_adv, y)
 
         self.optimizer.zero_grad()
-        with perturbed(self.net, lambda: loss_here()[0], self.awp) if self.awp else nullcontext():
-            loss, terms = loss_here()
+        with perturbed(self.net, lambda: loss_here(Branches(self.net, self.method))[0], self.awp) if self.awp else nullcontext():
+            loss, terms = loss_here(self.branches)
             loss.backward()
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.net)
-        self._latest = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+        self._latest = dict(zip(["loss", *terms], mean_over_processes([loss.detach(), *(term.detach() for term in terms.values())])))
         for name, value in self._latest.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.batch += 1
@@ -306,7 +333,7 @@ class Trainer:
         self._save({})
 
     def _save(self, weights):
-        if self.folder:
+        if self.folder and share()[0] == 0:
             names = ("epoch", "batch", "seconds", "history", "best")
             state = {name: getattr(self, name) for name in names} | {"sums": {name: float(value) for name, value in self.sums.items()}}
             state |= {"weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
