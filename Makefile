@@ -20,7 +20,7 @@ test: .venv/installed
 # Run the notebooks and keep their outputs, without what only scrolled by.
 notebooks: .venv/installed
 	.venv/bin/nbdev_export
-	for nb in $(or $(NB),nbs/[0-9]*.ipynb nbs/figure1.ipynb nbs/table1.ipynb nbs/index.ipynb); do \
+	for nb in $(or $(NB),nbs/[0-9]*.ipynb nbs/figure1.ipynb nbs/table*.ipynb nbs/index.ipynb); do \
 	  $(ONE_THREAD) .venv/bin/jupyter nbconvert --to notebook --inplace --execute $$nb || exit 1; \
 	  .venv/bin/python -c "import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); [c.update(outputs=[o for o in c.outputs if o.get('name') != 'stderr']) for c in nb.cells if c.cell_type == 'code']; nbformat.write(nb, sys.argv[1])" $$nb; \
 	done
@@ -35,7 +35,7 @@ readme: .venv/installed
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
-	.venv/bin/python -m pip install --quiet --no-deps torchattacks==3.5.1  # asks for a version of requests that JupyterLab cannot have
+	.venv/bin/python -m pip install --quiet --no-deps torchattacks==3.5.1 imagecorruptions-imaug==1.1.5  # the one asks for a version of requests that JupyterLab cannot have, the other for an OpenCV with windows
 	.venv/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -110,16 +110,17 @@ def geometry(
     anchors = getattr(net.head, "prototypes", None)
     weights = (net.head.weight if anchors is None else anchors).detach()
     labels = loader.y.cpu()
-    means = torch.stack([clean[0][loader.y == k].mean(0) for k in labels.unique()])
+    classes, place = loader.y.unique(return_inverse=True)
+    means = torch.stack([clean[0][loader.y == k].mean(0) for k in classes])
     centred = means - means.mean(0)
     plane = torch.linalg.svd(centred.double(), full_matrices=False)[2][:2].T
     onto = lambda points: ((points - means.mean(0)).double() @ plane).cpu().numpy().round(3).tolist()
-    places = means if anchors is None else weights
+    places, own = (means, place) if anchors is None else (weights, loader.y)
 
     def nearest(features):
         distances = torch.cdist(features, places)
-        own = distances.gather(1, loader.y[:, None])[:, 0]
-        return dict(own=own.cpu().numpy().round(3).tolist(), rival=distances.scatter(1, loader.y[:, None], torch.inf).amin(1).cpu().numpy().round(3).tolist())
+        to_own, to_rival = distances.gather(1, own[:, None])[:, 0], distances.scatter(1, own[:, None], torch.inf).amin(1)
+        return {name: to.cpu().numpy().round(3).tolist() for name, to in (("own", to_own), ("rival", to_rival))}
 
     return dict(
         clean=discriminability(clean[0], labels, anchors, clean[1]), attacked=discriminability(attacked[0], labels, anchors, attacked[1]),

@@ -117,4 +117,4 @@ import advdpnp.runs, advdpnp.cli
 
 def test_pictures_are_stored_where_a_reader_expects_them():
     pictures = {path.stem: path.read_text().count('"image/png"') for path in NOTEBOOKS}
-    assert all(pictures[name] for name in ("00_data", "30_losses", "40_attacks", "45_autoattack", "50_training", "58_sanity", "60_evaluation", "figure1", "table1")), pictures
+    assert all(pictures[name] for name in ("00_data", "30_losses", "40_attacks", "45_autoattack", "50_training", "58_sanity", "60_evaluation", "65_corruptions", "70_geometry", "85_tables", "figure1", "table1", "table4", "table5", "table6")), pictures

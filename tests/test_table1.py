@@ -83,6 +83,33 @@ def test_the_other_tables_share_its_runs(quick, number):
     assert (folder / f"results/table{number}.quick.csv").read_bytes() == (folder / "results/table1.quick.csv").read_bytes()
 
 
+def test_corruptions_and_geometry_are_measured_on_its_runs(quick):
+    folder, _ = quick
+    trained = sorted(folder.rglob("state.pt"))
+    for number, columns in (4, {"mean", "noise", "blur", "weather", "digital", "fog"}), (5, {"clean_fisher", "attacked_silhouette", "prototypes_simplex_deviation"}):
+        finish(papermill(folder, number=number))
+        table = pd.read_csv(folder / f"results/table{number}.quick.csv").set_index("method")
+        assert list(table.index) == list(records(folder)) and columns <= set(table.columns) and table[sorted(columns)].notna().all(axis=None)
+        for name, record in records(folder, f"table{number}.quick").items():
+            assert record["sha256"] == records(folder)[name]["best"]["sha256"] and record["config_hash"] == records(folder)[name]["config_hash"]
+            assert "pictures" not in record
+    corrupted = records(folder, "table4.quick")["Adv-DPNP"]
+    assert corrupted["source"] == "generated" and corrupted["n"] == 500 and len(corrupted["accuracy"]) == 15
+    shape = records(folder, "table5.quick")["Adv-DPNP"]
+    assert shape["clean"]["linear"] == shape["clean"]["nearest_prototype"] and shape["attacked"]["fisher"] < shape["clean"]["fisher"]
+    assert sorted(folder.rglob("state.pt")) == trained
+    for name in ("table4.quick.corruptions", "table5.quick.angles", "table5.quick.features", "table5.quick.distances"):
+        assert (folder / f"results/{name}.png").stat().st_size > 1000
+
+
+def test_the_ablation_changes_one_thing_and_shares_the_rest(quick):
+    folder, _ = quick
+    finish(papermill(folder, "methods", "Adv-DPNP, no consistency", number=6))
+    found = records(folder, "table6.quick.partial")
+    assert list(found) == ["Adv-DPNP", "no consistency"] and found["no consistency"]["config"]["changes"] == ["consistency"]
+    assert found["Adv-DPNP"]["best"]["sha256"] == records(folder)["Adv-DPNP"]["best"]["sha256"]  # the run of table 1, not another
+
+
 def test_killed_and_resumed_it_ends_with_the_same_numbers(quick, tmp_path):
     folder, _ = quick
     process = papermill(tmp_path, "methods", "PGD-AT, TRADES")
