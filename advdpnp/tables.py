@@ -38,8 +38,8 @@ ABLATION = {  # row of table 6 to what is not as in Adv-DPNP
     "both branches move prototypes": dict(clean_only_update=False),
     "batch statistics shared": dict(shared_batch=True),
     "repulsion from a sample's rival": dict(repulsion_form="sample"),
-    "consistency of logits": dict(consistency_form="logits"),
     "α = 10": dict(norm=10.0),
+    "consistency of logits": dict(consistency_form="logits"),
     "repulsion of all pairs": dict(repulsion_form="mean"),
     "consistency of features": dict(consistency_form="features"),
     "α = 1.25": dict(norm=1.25),
@@ -62,7 +62,7 @@ def table_runs(
     dataset = dataset or ("digits" if preset == "quick" else own)
     rows = [name.strip() for name in methods.split(",") if name.strip()]
     if number == 6:
-        rows = [one_of(row, ABLATION, "row of table 6") for row in rows] or [*ABLATION][: 9 if preset == "quick" else None]
+        rows = [one_of(row, ABLATION, "row of table 6") for row in rows] or [*ABLATION][: 8 if preset == "quick" else None]
     elif not rows:
         rows = FEW.split(", ") if preset == "small" and number in (2, 3) else [*METHODS]
     if str(seeds) == "auto":
