@@ -3,9 +3,6 @@ import ast
 import functools
 import hashlib
 import inspect
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -231,15 +228,10 @@ def test_frost_is_as_bright_and_as_rough_as_on_the_published_windows(oracle):
     assert drawn.std((1, 2)).mean() == pytest.approx(photographed.std((1, 2)).mean(), rel=0.25)
 
 
-@pytest.fixture(scope="session")
-def cifar(tmp_path_factory):
-    "The first 500 test images of CIFAR-10."
-    source = os.environ.get("ADVDPNP_DATASETS")
-    if not source:
-        pytest.skip("ADVDPNP_DATASETS names no folder with packed real data and their unpack.py")
-    folder = tmp_path_factory.mktemp("cifar10")
-    subprocess.run([sys.executable, Path(source) / "unpack.py", "cifar10", folder], check=True)
-    return load_dataset("cifar10", folder).x_test[:500]
+@pytest.fixture(scope="module")
+def cifar(packed):
+    "500 real test images."
+    return load_dataset("cifar10", packed("cifar10")).x_test[:500]
 
 
 @pytest.mark.parametrize("name", STANDARD)

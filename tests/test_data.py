@@ -1,10 +1,7 @@
-import functools
 import hashlib
 import http.client
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import urllib.error
 from pathlib import Path
@@ -352,22 +349,6 @@ def test_subsets_are_stratified_nested_and_fixed():
     for size in (dict(train=2), dict(train=-5), dict(test=0)):
         with pytest.raises(ValueError, match="cannot keep .* images of mine: expected . or more, or None for all"):
             at_most(whole, **size)
-
-
-@pytest.fixture(scope="session")
-def packed(tmp_path_factory):
-    "Unpacks a real data set into a folder, once."
-    source = os.environ.get("ADVDPNP_DATASETS")
-    if not source:
-        pytest.skip("ADVDPNP_DATASETS names no folder with packed real data and their unpack.py")
-    folder = tmp_path_factory.mktemp("real")
-
-    @functools.cache
-    def unpack(name):
-        subprocess.run([sys.executable, Path(source) / "unpack.py", name, folder / name], check=True)
-        return folder / name
-
-    return unpack
 
 
 @pytest.mark.parametrize("name, shapes, mean", [
