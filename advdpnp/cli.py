@@ -209,7 +209,7 @@ def train(
     """
     with plain_errors():
         from advdpnp.evaluation import report
-        from advdpnp.parallel import share, together
+        from advdpnp.parallel import share, together, wait_for_all
         from advdpnp.runs import Ledger, make_config, status
 
         changes = parse_settings(settings or []) | ({"dataset": dataset} if dataset else {})
@@ -218,6 +218,9 @@ def train(
         with together(device) as place:
             rank, ledger = share()[0], Ledger(data_dir, place, quiet or share()[0] > 0)
             if ledger.result(config) is None:
+                if rank == 0:
+                    ledger.dataset(config)  # downloaded once
+                wait_for_all()
                 ledger.train(config, left())
         if rank:
             return  # the first process measures

@@ -440,7 +440,7 @@ class Stream:
                                  "expected (B, C, H, W), uint8 or floats in [0, 1]: normalise inside the model")
             if i >= start:
                 x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                yield x if x.is_floating_point() else x.float().div_(255), y.to(self.device, torch.int64, non_blocking=True)
+                yield x.float() if x.is_floating_point() else x.float().div_(255), y.to(self.device, torch.int64, non_blocking=True)
 
 # %% ../nbs/00_data.ipynb #c059
 def pick_device(

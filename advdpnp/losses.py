@@ -48,7 +48,9 @@ def sample_repulsion(
     prototypes: torch.Tensor,  # (K, d)
 ) -> torch.Tensor:  # scalar, from -1 to 1
     "Cosine of each sample's own prototype with the one of its highest wrong logit, mean over the batch."
-    rival = (features @ prototypes.T).scatter(1, labels[:, None], -torch.inf).argmax(1)
+    with torch.autocast(features.device.type, enabled=False):  # as the head's logits
+        logits = features.to(prototypes.dtype) @ prototypes.T
+    rival = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
     return F.cosine_similarity(prototypes[labels], prototypes[rival]).mean()
 
 

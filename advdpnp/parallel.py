@@ -38,10 +38,8 @@ def together(
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()  # after an error torchrun ends the others
 
 
 def my_rows(
@@ -86,6 +84,7 @@ class SharedStatistics:
     def forward(self, x):
         processes = share()[1]
         if self.training and processes > 1:
+            x = x if x.dtype == torch.double else x.float()
             mean = all_reduce(x.mean((0, 2, 3))) / processes
             centred = x - mean.view(1, -1, 1, 1)
             variance = all_reduce(centred.square().mean((0, 2, 3))) / processes
@@ -103,6 +102,8 @@ class SharedStatistics:
 class SharedBatchNorm2d(SharedStatistics, nn.BatchNorm2d):
     "`nn.BatchNorm2d` with `SharedStatistics`."
 
+    folds = True  # into a convolution before it, see `40_attacks`
+
 
 class SharedBatchNormAct2d(SharedStatistics, BatchNormAct2d):
     "timm's batch-norm and activation with `SharedStatistics`."
@@ -119,6 +120,8 @@ def share_batch_norms(
     for module in net.modules():
         if type(module) in (nn.BatchNorm2d, BatchNormAct2d):
             module.__class__ = SharedBatchNorm2d if type(module) is nn.BatchNorm2d else SharedBatchNormAct2d
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SharedStatistics):
+            raise ValueError(f"{type(module).__name__} cannot be shared by processes on a CPU: expected BatchNorm2d")
     return net
 
 # %% ../nbs/48_parallel.ipynb #c015

@@ -192,7 +192,10 @@ def numbers(
 
 
 def corruption_text(records):
-    "Accuracy under corruptions, by group and one by one, in Markdown."
+    "Accuracy under corruptions, by group and one by one, in Markdown; a ValueError if records are of different images."
+    sources = {(r["source"], r.get("recipe"), r["n"]) for r in records}
+    if len(sources) > 1:
+        raise ValueError(f"records are of different corrupted images ({'; '.join(map(str, sorted(sources, key=str)))}): delete corruptions.json in the folders of the older runs")
     table, first = over_seeds(corruption_rows(records)), records[0]
     intervals = dict(mean=[next(f"[{r['low']:.1f}, {r['high']:.1f}]" for r in records if r["method"] == method) for method in table["method"]])
     groups = [group for group in GROUPS if group in table]
@@ -286,11 +289,13 @@ def make_table(
     ledger = Ledger(data_dir, device, quiet)
     found = ledger.run_all([config for _, config in runs], jobs, time_limit, kind)
     records = [record | dict(method=row) for (row, _), record in zip(runs, found) if record]
-    left = [f"{row}, seed {config['seed']}: {' '.join(status(ledger.folder(config)))}" for (row, config), record in zip(runs, found) if record is None]
+    so_far = lambda config: f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(ledger.folder(config)))
+    left = [f"{row}, seed {config['seed']}: {so_far(config)}" for (row, config), record in zip(runs, found) if record is None]
     usual = table_runs(number, runs[0][1]["preset"], device="cpu")
     first = runs[0][1]
     name = [f"table{number}", first["preset"]] + [first["dataset"]] * (first["dataset"] != usual[0][1]["dataset"])
-    name += ["partial"] * (bool(left) or {row for row, _ in runs} < {row for row, _ in usual})
+    cells = lambda runs: {(row, config["seed"]) for row, config in runs}
+    name += ["partial"] * (bool(left) or not cells(usual) <= cells(runs))
     stem, files = Path(data_dir) / "results" / ".".join(name), []
     if records and kind == "result":
         files = save_result(records, stem, data_dir, number != 6)

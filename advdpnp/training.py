@@ -195,7 +195,7 @@ class Trainer:
         held = hold_out(dataset, val_size) if stream is None else dataset
         padding = held.x_train.shape[1] // 8 if padding is None else padding
         self.loader = Stream(stream, self.device) if stream is not None else Loader(
-            held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip, seed=seed, device=self.device, rows=my_rows(batch_size))
+            held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip, seed=seed, device=self.device, rows=my_rows(min(batch_size, len(held.x_train))))
         self.val_loader = Loader(held.x_test, held.y_test, 256, device=self.device)
         self.val_attack = val_attack or PGD(getattr(method, "eps", 8 / 255), steps=10)
         self.optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=self.device.type == "cuda")
@@ -252,6 +252,7 @@ class Trainer:
     def _fit_epoch(self, deadline):
         self._began = self._saved = time.monotonic()
         title = f"{self.name} epoch {self.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
+        seed_globally(self.device, seed_of(self.seed, self.epoch, 3))  # what a stream shuffles with
         with progress_bar(len(self.loader), title, self.batch, self.quiet) as bar:
             for x, y in self.loader.epoch(self.epoch, start=self.batch):
                 if self._late(deadline):
