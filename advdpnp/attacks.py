@@ -6,10 +6,11 @@
 __all__ = ['EPOCH_BAR', 'ATTACK_BAR', 'per_image', 'ThreatModel', 'untouched', 'full_precision', 'batch_norms_after_convolutions',
            'random_statistics', 'fold', 'folded', 'check_images', 'check_labels', 'gradient_of', 'ascend',
            'cross_entropy', 'margin', 'dlr', 'Attack', 'evenly', 'on_logits', 'PGD', 'FGSM', 'CW', 'DLR',
-           'prototype_distances', 'PrototypePGD', 'all_logits', 'correct', 'progress_bar', 'close_bar', 'check_inside',
-           'standing_after']
+           'prototype_distances', 'PrototypePGD', 'device_of', 'all_logits', 'correct', 'progress_bar', 'close_bar',
+           'check_inside', 'standing_after']
 
 # %% ../nbs/40_attacks.ipynb #c002
+import itertools
 import math
 import sys
 import weakref
@@ -462,6 +463,13 @@ class PrototypePGD(PGD):
         return super().__call__(model, x, y, generator)
 
 # %% ../nbs/40_attacks.ipynb #c036
+def device_of(
+    model: nn.Module,
+) -> torch.device:  # of its first parameter or buffer; the CPU if it has none
+    "Where a model is."
+    return next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
 def all_logits(
     model: nn.Module,  # images in [0, 1] to logits
     loader: Loader,

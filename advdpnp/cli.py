@@ -217,14 +217,14 @@ def train(
         left = lambda: None if deadline is None else max(0.0, deadline - time.time())
         with together(device) as place:
             rank, ledger = share()[0], Ledger(data_dir, place, quiet or share()[0] > 0)
-            if ledger.result(config) is None:
+            if not ledger.trained(config):
                 if rank == 0:
                     ledger.dataset(config)  # downloaded once
                 wait_for_all()
                 ledger.train(config, left())
         if rank:
             return  # the first process measures
-        record = ledger.run(config, left())
+        record = ledger.measure(config, left()) if ledger.trained(config) else None
     if record is None:
         typer.echo(f"time is up: {' '.join(status(ledger.folder(config)))}; the same command goes on")
     else:

@@ -15,7 +15,6 @@ import io
 import itertools
 import math
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,11 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import torch
 from scipy import ndimage
 
-from .attacks import close_bar, correct, progress_bar
-from .data import Dataset, Loader, averaged, one_of, replacing, seed_of
+from .attacks import close_bar, correct, device_of, progress_bar
+from .data import Dataset, Loader, averaged, cores, one_of, replacing, seed_of
 from .training import claim_folder
 
 # %% ../nbs/65_corruptions.ipynb #c005
@@ -440,8 +438,7 @@ def corrupted_images(
     files = {name: folder / f"{name}.npy" for name in names}
     missing = [name for name in names if not files[name].exists()]
     blocks = range(0, count, BLOCK)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = (cores if count >= 1000 else 1) if jobs == "auto" else jobs
+    jobs = (cores() if count >= 1000 else 1) if jobs == "auto" else jobs
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if missing and jobs > 1 else None
     bar = progress_bar(len(missing) * 5 * len(blocks), f"corrupting {dataset.name}", quiet=quiet or not missing)
     try:
@@ -470,8 +467,7 @@ def corruption_accuracy(
     title: str = "",  # before the bar
 ) -> dict:  # accuracy: corruption to five numbers, in per cent; mean, low and high over all; n; source
     "How much accuracy survives each corruption at each severity."
-    device = next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
-    right, score = {}, 0
+    device, right, score = device_of(model), {}, 0
     bar = progress_bar(5 * len(corrupted.files), f"{title} corruptions".lstrip(), quiet=quiet)
     for name in corrupted.files:
         right[name] = []

@@ -6,7 +6,7 @@
 __all__ = ['DIGITS', 'OFFICIAL', 'one_of', 'check_split', 'channel_statistics', 'Dataset', 'embedded_digits', 'official_arrays',
            'wrong_files', 'replacing', 'read_json', 'read_archive', 'read_folder', 'load_dataset', 'hold_out',
            'averaged', 'at_most', 'seed_of', 'seeded', 'seed_globally', 'own_randomness', 'random_crop_flip',
-           'to_float', 'Loader', 'Stream', 'pick_device']
+           'to_float', 'Loader', 'Stream', 'cores', 'pick_device']
 
 # %% ../nbs/00_data.ipynb #c003
 import difflib
@@ -443,6 +443,11 @@ class Stream:
                 yield x.float() if x.is_floating_point() else x.float().div_(255), y.to(self.device, torch.int64, non_blocking=True)
 
 # %% ../nbs/00_data.ipynb #c059
+def cores() -> int:
+    "The processors that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def pick_device(
     device: str | torch.device = "auto",  # "auto", "cpu", "cuda", "cuda:1", ...
 ) -> torch.device:

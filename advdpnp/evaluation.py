@@ -11,14 +11,13 @@ import hashlib
 import json
 import math
 import time
-from itertools import chain
 from pathlib import Path
 
 import torch
 from scipy.stats import norm
 from torch import nn
 
-from .attacks import CW, FGSM, PGD, PrototypePGD, all_logits, check_labels, margin, standing_after
+from .attacks import CW, FGSM, PGD, PrototypePGD, all_logits, check_labels, device_of, margin, standing_after
 from .autoattack import AutoAttack
 from .data import Dataset, Loader, one_of, read_json, replacing
 from .sanity import failed, sanity
@@ -127,7 +126,7 @@ def evaluate(
         one_of(name, names, "attack with a limit")
     if any(attack.eps == 0 for attack in attacks):
         raise ValueError("eps is 0: nothing to attack with")
-    device = next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     loader, labels, began = Loader(x, y, batch_size, device=device), torch.from_numpy(y), time.monotonic()
     logits = all_logits(model, loader)
     if twin is not None and all_logits(twin, Loader(x[:1], y[:1], 1, device=device)).shape[1] != logits.shape[1]:

@@ -28,7 +28,7 @@ import advdpnp
 from .attacks import PGD
 from .baselines import CLEAN_METHODS, METHODS, PROTOTYPE_METHODS, make_net, split_name
 from .corruptions import corrupted_images, corruption_accuracy
-from .data import Loader, at_most, averaged, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
+from .data import Loader, at_most, averaged, cores, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
 from .evaluation import evaluate, standard_attacks
 from .geometry import geometry
 from .parallel import share
@@ -284,7 +284,7 @@ class Ledger:
         if not path.exists():
             raise FileNotFoundError(f"{path} is not there: train this run first, with Ledger.run")
         result = path.with_name("result.json")
-        if result.exists() and read_json(result)[which]["sha256"] != hashlib.sha256(path.read_bytes()).hexdigest():
+        if result.exists() and read_json(result)[which]["sha256"] != self._sha256(config, which):
             raise ValueError(f"{path} is not the file that was measured (its sha256 differs): delete {path.parent} to train this run again")
         return load_checkpoint(path)[0].to(self.device)
 
@@ -369,16 +369,19 @@ class Ledger:
         if record is None and (time_limit is None or time_limit > 0):
             began = time.monotonic()
             with one_thread(self.device), at_work(self.folder(config)):
-                record = self._about(config, "best") | found(self.model(config)) | dict(seconds=round(time.monotonic() - began, 2), **provenance(self.device))
+                record = self._about(config) | dict(sha256=self._sha256(config, "best")) | found(self.model(config)) | dict(seconds=round(time.monotonic() - began, 2), **provenance(self.device))
                 with replacing(self.folder(config) / f"{kind}.json") as part:
                     part.write_text(json.dumps(record, indent=1))
         return record
 
-    def _about(self, config, which):
-        "What a record says of the run, and of the checkpoint it is of."
-        sha256 = hashlib.sha256((self.folder(config) / f"{which}.safetensors").read_bytes()).hexdigest()
+    def _about(self, config):
+        "What every record says of its run."
         return {key: config[key] for key in ("method", "dataset", "arch", "preset", "seed")} | dict(
-            config=config, config_hash=config_hash(config), data_sha256=self.dataset(config).sha256, sha256=sha256)
+            config=config, config_hash=config_hash(config), data_sha256=self.dataset(config).sha256)
+
+    def _sha256(self, config, which):
+        "Of a checkpoint's file."
+        return hashlib.sha256((self.folder(config) / f"{which}.safetensors").read_bytes()).hexdigest()
 
     def run(
         self,
@@ -405,7 +408,7 @@ class Ledger:
         for config in missing:
             self.corrupted(config) if kind == "corruptions" else self.dataset(config)  # downloaded or made once, and not by every worker
         if jobs == "auto":
-            jobs = 1 if self.device.type == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            jobs = 1 if self.device.type == "cuda" else cores()
         for step in ("train", measure):  # measured when all are trained: a run's undefended twin may be among them
             self._share(step, [config for config in missing if self.trained(config) == (step == measure)], jobs, deadline)
         return [self.result(config, kind) for config in configs]
@@ -430,9 +433,8 @@ class Ledger:
 
     def _measure(self, config, deadline):
         dataset, trainer, folder = self.dataset(config), self.trainer(config), self.folder(config)
-        about = {which: self._about(config, which) for which in ("best", "last")}
-        sha256 = {which: about[which].pop("sha256") for which in about}
-        record = about["best"] | dict(
+        sha256 = {which: self._sha256(config, which) for which in ("best", "last")}
+        record = self._about(config) | dict(
                        epochs=trainer.epoch, training_seconds=round(trainer.seconds, 2), history=trainer.history,
                        selection=f"best of {trainer.epoch} epochs by {trainer.criterion} accuracy on "
                                  f"{config['val_size']} held-out training images")

@@ -21,7 +21,7 @@ import torch
 
 from .attacks import PGD
 from .baselines import METHODS
-from .corruptions import GROUPS, STANDARD
+from .corruptions import GROUPS
 from .data import one_of, replacing, to_float
 from .runs import Ledger, make_config, status
 from .sanity import failed
@@ -385,7 +385,7 @@ def draw_images(
 def draw_corruptions(records):
     "Accuracy of every method under every corruption, and against severity: a figure."
     figure, (ax, lines) = plt.subplots(1, 2, figsize=(12.5, 0.4 * len(records) + 2), width_ratios=(3, 1))
-    table = pd.DataFrame([{name.replace("_", " "): np.mean(values) for name, values in r["accuracy"].items()} for r in records], index=[r["method"] for r in records])
+    table = corruption_rows(records).set_index("method")[[*records[0]["accuracy"]]].rename(columns=lambda name: name.replace("_", " "))
     sns.heatmap(table - table.max(), annot=table, fmt=".0f", cmap="rocket", vmin=-30, vmax=0, ax=ax, annot_kws=dict(size=7), cbar_kws=dict(label="below the best"))
     ax.set(xlabel="", ylabel="")
     for r, colour in zip(records, _colours(records).values()):

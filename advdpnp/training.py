@@ -204,9 +204,8 @@ class Trainer:
         self.awp, self.average = awp, AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
         if compile:
             self.net.backbone.compile()
-        self.branches = Branches(self.net, method)
-        if share()[1] > 1:
-            self.branches = DistributedDataParallel(self.branches, broadcast_buffers=False)
+        self.alone = Branches(self.net, method)
+        self.branches = DistributedDataParallel(self.alone, broadcast_buffers=False) if share()[1] > 1 else self.alone
         self.epochs, self.lr, self.schedule, self.precision, self.seed = epochs, lr, schedule, precision, seed
         self.save_every, self.quiet, self.name = save_every, quiet, name or type(method).__name__
         self.epoch, self.batch, self.seconds = 0, 0, 0.0  # where we are
@@ -222,10 +221,12 @@ class Trainer:
         } | ({} if stream is None else {"stream": len(stream)}) | (config or {})
         self.folder = None if folder is None else Path(folder)
         if self.folder:
-            if share()[0] == 0:
-                claim_folder(self.folder, self.config)
-            wait_for_all()
-            claim_folder(self.folder, self.config)
+            first = share()[0] == 0
+            if not first:
+                wait_for_all()
+            claim_folder(self.folder, self.config)  # the first process writes, the others compare
+            if first:
+                wait_for_all()
             if (self.folder / "state.pt").exists():
                 state = load_state(self.folder / "state.pt", self.device)
                 self.net.load_state_dict(state.pop("weights"))
@@ -292,7 +293,7 @@ class Trainer:
                 return branches(x, x_adv, y)
 
         self.optimizer.zero_grad()
-        with perturbed(self.net, lambda: loss_here(Branches(self.net, self.method))[0], self.awp) if self.awp else nullcontext():
+        with perturbed(self.net, lambda: loss_here(self.alone)[0], self.awp) if self.awp else nullcontext():
             loss, terms = loss_here(self.branches)
             loss.backward()
         self.optimizer.step()
