@@ -399,15 +399,15 @@ def draw_corruptions(records):
 # %% ../nbs/85_tables.ipynb #c029e
 def draw_angles(records, class_names):
     "The cosines between prototypes of each method: a figure."
-    figure, axes = plt.subplots(1, len(records), figsize=(2.2 * len(records) + 1, 2.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(records), figsize=(2.2 * len(records) + 1, 2.6), squeeze=False, layout="constrained")
     for ax, r in zip(axes[0], records):
         cosines = np.array(r["pictures"]["cosines"])
         few = len(cosines) <= 10
-        sns.heatmap(cosines, vmin=-1, vmax=1, cmap="vlag", square=True, ax=ax, cbar=ax is axes[0, -1],
+        sns.heatmap(cosines, vmin=-1, vmax=1, cmap="vlag", square=True, ax=ax, cbar=False,
                     xticklabels=class_names if few else False, yticklabels=class_names if few and ax is axes[0, 0] else False)
         ax.set_title(r["method"], fontsize=8)
         ax.tick_params(labelsize=6)
-    figure.tight_layout()
+    figure.colorbar(axes[0, -1].collections[0], ax=list(axes[0]), shrink=0.8)
     return figure
 
 
