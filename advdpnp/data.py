@@ -6,7 +6,7 @@
 __all__ = ['DIGITS', 'OFFICIAL', 'one_of', 'check_split', 'channel_statistics', 'Dataset', 'embedded_digits', 'official_arrays',
            'wrong_files', 'replacing', 'read_json', 'read_archive', 'read_folder', 'load_dataset', 'hold_out',
            'averaged', 'at_most', 'seed_of', 'seeded', 'seed_globally', 'own_randomness', 'random_crop_flip',
-           'to_float', 'Loader', 'Stream', 'cores', 'pick_device']
+           'to_float', 'Loader', 'Stream', 'cores', 'pick_device', 'has_fast_bf16']
 
 # %% ../nbs/00_data.ipynb #c003
 import difflib
@@ -457,3 +457,8 @@ def pick_device(
     if device.type == "cuda" and not available:
         raise RuntimeError(f"device is {str(device)!r} but this PyTorch ({torch.__version__}) sees no GPU: expected 'cpu' or 'auto'")
     return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    "Whether a device multiplies matrices faster in bfloat16 than in float32: GPUs since Ampere, and CPUs with AMX."
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()

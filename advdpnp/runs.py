@@ -28,7 +28,7 @@ import advdpnp
 from .attacks import PGD
 from .baselines import CLEAN_METHODS, METHODS, PROTOTYPE_METHODS, make_net, split_name
 from .corruptions import corrupted_images, corruption_accuracy
-from .data import Loader, at_most, averaged, cores, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
+from .data import Loader, at_most, averaged, cores, has_fast_bf16, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
 from .evaluation import evaluate, standard_attacks
 from .geometry import geometry
 from .parallel import share
@@ -39,7 +39,7 @@ _ALL = dict(weight_decay=5e-4, precision="float32", awp=0.0, ema=0.0, side=None,
 PRESETS = {
     "quick": _ALL | dict(dataset="digits", arch="cifar_resnet8", epochs=15, batch_size=64, lr=0.2, schedule="one-cycle",
                          padding=0, val_size=200, steps=5, autoattack_images=64, check_images=100),
-    "small": _ALL | dict(dataset="cifar10", arch="cifar_resnet8_w24", side=16, train_images=25_000, epochs=12, batch_size=128, lr=0.2, schedule="one-cycle",
+    "small": _ALL | dict(dataset="cifar10", arch="cifar_resnet8_w24", side=16, train_images=25_000, epochs=12, batch_size=128, lr=0.2, schedule="one-cycle", precision="bf16",
                          padding=2, val_size=1000, steps=5, test_images=5000, autoattack_images=1000, check_images=500, corruption_images=2000),
     "fast": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=30, batch_size=128, lr=0.1, schedule="one-cycle", precision="bf16",
                         padding=4, val_size=1000, steps=10, autoattack_images=1000, check_images=1000),
@@ -80,20 +80,20 @@ def make_config(
     **changes,  # values other than the preset's: dataset, arch, epochs, lr, eps, norm, alignment, beta, ...
 ) -> dict:  # every value that can change the result
     "The configuration of a run."
-    gpu = pick_device(device).type == "cuda"
-    preset = one_of(("paper" if gpu else "quick") if preset == "auto" else preset, PRESETS, "preset")
+    device = pick_device(device)
+    preset = one_of(("paper" if device.type == "cuda" else "quick") if preset == "auto" else preset, PRESETS, "preset")
     name, extras = split_name(method)
     fields = {field.name: field.default for field in dataclasses.fields(METHODS[name])}
     if name in PROTOTYPE_METHODS:
         fields["norm"] = "auto"
     config = fields | PRESETS[preset]
     config |= budget_of(changes.get("dataset", config["dataset"])) | CHOSEN.get(preset, {}).get(name, {}) | extras
+    if not has_fast_bf16(device):
+        config["precision"] = "float32"
     for key in changes:
         one_of(key, config, "parameter")
     changes = {key: value for key, value in changes.items() if value != config[key]}
     config |= changes
-    if not gpu and "precision" not in changes:
-        config["precision"] = "float32"  # bf16 is slower there
     return dict(method=method, preset=preset, seed=seed, **config, changes=sorted({*changes} - {"dataset", "arch"}))
 
 
