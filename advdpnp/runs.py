@@ -35,12 +35,12 @@ from .parallel import share
 from .training import Trainer, claim_folder
 
 # %% ../nbs/80_runs.ipynb #c005
-_ALL = dict(weight_decay=5e-4, precision="float32", awp=0.0, ema=0.0, side=None, train_images=None, test_images=None, corruption_images=None)
+_ALL = dict(weight_decay=5e-4, precision="float32", awp=0.0, ema=0.0, side=None, train_images=None, test_images=None, last_autoattack_images=None, corruption_images=None)
 PRESETS = {
     "quick": _ALL | dict(dataset="digits", arch="cifar_resnet8", epochs=15, batch_size=64, lr=0.2, schedule="one-cycle",
                          padding=0, val_size=200, steps=5, autoattack_images=64, check_images=100),
     "small": _ALL | dict(dataset="cifar10", arch="cifar_resnet8_w24", side=16, train_images=25_000, epochs=12, batch_size=128, lr=0.2, schedule="one-cycle", precision="bf16",
-                         padding=2, val_size=1000, steps=5, test_images=5000, autoattack_images=1000, check_images=500, corruption_images=2000),
+                         padding=2, val_size=1000, steps=5, test_images=5000, autoattack_images=1000, last_autoattack_images=200, check_images=500, corruption_images=2000),
     "fast": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=30, batch_size=128, lr=0.1, schedule="one-cycle", precision="bf16",
                         padding=4, val_size=1000, steps=10, autoattack_images=1000, check_images=1000),
     "paper": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=110, batch_size=128, lr=0.1, schedule="drops",
@@ -443,8 +443,9 @@ class Ledger:
             if which == "last" and sha256["last"] == sha256["best"]:
                 record["last"] = record["best"]  # the last epoch was the best: measured already
                 continue
+            limit = which == "last" and config["last_autoattack_images"] or config["autoattack_images"]  # test images for AutoAttack
             found = evaluate(self.model(config, which), dataset, attacks, images=config["test_images"],
-                             limits={"autoattack": config["autoattack_images"] or len(dataset.x_test)}, check_images=config["check_images"],
+                             limits={"autoattack": limit or len(dataset.x_test)}, check_images=config["check_images"],
                              twin=self.twin(config), resume=folder / f"evaluation-{which}.json", deadline=deadline, quiet=self.quiet,
                              title=f"{config['method']} s{config['seed']} {which}")
             record[which] = dict(epoch=trainer.best["epoch"] if which == "best" else trainer.epoch, sha256=sha256[which], **found)

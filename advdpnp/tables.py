@@ -222,8 +222,9 @@ def save_result(
 ) -> list[Path]:  # what was written
     "Write the records (.json), the table of the best checkpoints (.csv), that of the last (.last.csv), and both for people (.md)."
     first = records[0]
+    few = dict.fromkeys(str(first[which]["metrics"]["worst"]["n"]) for which in ("best", "last"))
     about = f"{first['dataset']}, {first['arch']}, preset {first['preset']}, eps {first['config']['eps']:.4g}, {first['best']['n']} test images" \
-            f" ({first['best']['metrics']['worst']['n']} for AutoAttack and the worst case); {first['device']}."
+            f" ({' and, at the last epoch, '.join(few)} for AutoAttack and the worst case); {first['device']}."
     others = published(first["dataset"], data_dir) if beside else ""
     if others:
         size = f"{first['config']['side']} pixels, " if first["config"].get("side") else ""
