@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'parse_eps', 'import_model', 'parse_time', 'parse_settings', 'plain_errors', 'advdpnp', 'evaluate', 'train',
-           'runs', 'table']
+           'runs', 'table', 'publish']
 
 # %% ../nbs/90_cli.ipynb #c002
 import importlib
@@ -257,10 +257,10 @@ def runs(
 # %% ../nbs/90_cli.ipynb #c027
 @app.command()
 def table(
-    number: Annotated[int, typer.Argument(help="1: CIFAR-10, 2: CIFAR-100, 3: SVHN, 4: corruptions, 5: geometry of features, 6: ablation.")],
+    number: Annotated[int, typer.Argument(help="1: CIFAR-10, 2: CIFAR-100, 3: SVHN, 4: corruptions, 5: geometry of features, 6: ablation, 7: clean against robust accuracy.")],
     preset: Annotated[str, typer.Option(help="quick, small, fast or paper; auto: paper with a GPU, quick without.")] = "auto",
     dataset: Annotated[str, typer.Option(help="Another data set than the table's.")] = "",
-    methods: Annotated[str, typer.Option(help="With commas; each may have +AWP or +EMA behind it; in table 6, its rows. Default: all, or what the preset has time for.")] = "",
+    methods: Annotated[str, typer.Option(help="With commas; each may have +AWP or +EMA behind it; in tables 6 and 7, rows. Default: all, or what the preset has time for.")] = "",
     seeds: Annotated[str, typer.Option(help="Such as 0,1,2. Default: those three for paper and for small CIFAR-10, 0 for the others.")] = "auto",
     time_limit: Annotated[Optional[str], typer.Option(help="Stop in time with everything saved: 90s, 9m, 1h30m.")] = None,
     jobs: Annotated[str, typer.Option(help="Runs side by side, one thread each; auto: one on a GPU, else one a core.")] = "auto",
@@ -291,3 +291,24 @@ def table(
         typer.echo(f"left: {line}".rstrip())
     for path in made.files:
         typer.echo(path)
+
+# %% ../nbs/90_cli.ipynb #c028b
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    name: Annotated[Optional[str], typer.Option(help="Default: method, data set and preset.")] = None,
+    data_dir: Annotated[Path, typer.Option(help="Folder of data sets and runs; the network goes into its folder weights.")] = Path("data"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+):
+    """Put a run's best epoch where it can be loaded by name, in half precision, with a card of what it is.
+
+    Example:
+
+        advdpnp publish data/runs/digits/Adv-DPNP-cifar_resnet8-quick-s0
+    """
+    with plain_errors():
+        from advdpnp.runs import Ledger, load_checkpoint
+        from advdpnp.weights import publish
+
+        folder = publish(Ledger(data_dir, device, quiet=True), load_checkpoint(run)[1], name)
+    typer.echo(folder)

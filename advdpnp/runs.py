@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'CHOSEN', 'RECORDS', 'budget_of', 'make_config', 'config_hash', 'check_parameters', 'provenance',
-           'one_thread', 'load_checkpoint', 'at_work', 'worker', 'status', 'Ledger', 'do_alone']
+           'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker', 'status', 'Ledger', 'do_alone']
 
 # %% ../nbs/80_runs.ipynb #c002
 import dataclasses
@@ -25,11 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import advdpnp
-from .attacks import PGD
+from .attacks import PGD, correct, standing_after
 from .baselines import CLEAN_METHODS, METHODS, PROTOTYPE_METHODS, make_net, split_name
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, cores, has_fast_bf16, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
-from .evaluation import evaluate, standard_attacks
+from .evaluation import accuracy, evaluate, standard_attacks
 from .geometry import geometry
 from .parallel import share
 from .training import Trainer, claim_folder
@@ -138,6 +138,13 @@ def one_thread(device):
         torch.set_num_threads(threads)
 
 # %% ../nbs/80_runs.ipynb #c020
+def sha256_of(
+    path: Path,  # of a file
+) -> str:  # in hexadecimal
+    "A file's SHA-256."
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_checkpoint(
     path,  # a run's folder (its best epoch), or a .safetensors file in it
 ) -> tuple[torch.nn.Module, dict]:  # the network in evaluation mode, and the run's configuration
@@ -148,9 +155,12 @@ def load_checkpoint(
     for file in (path, settings):
         if not file.exists():
             raise FileNotFoundError(f"{file} is not there: a run's folder holds config.json, best.safetensors and last.safetensors")
-    config, advice = read_json(settings).get("run"), f"delete {path.parent} to train this run again"
+    said, advice = read_json(settings), f"delete {path.parent} to get it anew"
+    config = said.get("run")
     if config is None:
         raise ValueError(f"{settings} is not of a run of the ledger: it does not say which network the weights belong to")
+    if said.get("sha256", {}).get(path.name, sha256_of(path)) != sha256_of(path):
+        raise ValueError(f"{path} is not the file that {settings} speaks of (its sha256 differs): {advice}")
     try:
         weights = load_file(path)
         classes = next(len(weights[name]) for name in ("head.directions", "head.weight") if name in weights)
@@ -221,7 +231,7 @@ def _left(deadline):
     return None if deadline is None else max(0.0, deadline - time.time())
 
 
-RECORDS = {"result": "measure", "corruptions": "corruptions", "geometry": "geometry"}  # of a run, to the method of `Ledger` that makes it
+RECORDS = {"result": "measure", "corruptions": "corruptions", "geometry": "geometry", "tradeoff": "tradeoff"}  # of a run, to the method of `Ledger` that makes it
 
 
 class Ledger:
@@ -364,6 +374,24 @@ class Ledger:
 
         return self._further(config, "geometry", found, time_limit)
 
+    def tradeoff(self, config, time_limit=None):
+        "Clean accuracy of a trained run's best epoch and its worst case over PGD-20, C&W and the attack on prototypes, image by image, on at most 2,000 test images; otherwise as `corruptions`."
+
+        def found(net):
+            data = self.dataset(config)
+            images = Loader(data.x_test[:2000], data.y_test[:2000], 500, device=self.device)
+            clean = worst = correct(net, images)
+            for attack in self.attacks(config)[1:-1]:  # without FGSM, and AutoAttack, which takes ten times as long as the others
+                worst = standing_after(net, images, attack, worst, quiet=self.quiet, title=f"{config['method']} s{config['seed']}")
+            verdicts = {name: "".join("01"[v] for v in found.tolist()) for name, found in (("clean", clean), ("worst", worst))}
+            return dict(n=len(clean), clean=accuracy(clean), worst=accuracy(worst), verdicts=verdicts)
+
+        return self._further(config, "tradeoff", found, time_limit)
+
+    def attacks(self, config):
+        "The attacks of the tables, as a run's configuration has them."
+        return standard_attacks(config["eps"], prototypes=split_name(config["method"])[0] in PROTOTYPE_METHODS, step_size=config["eval_step_size"])
+
     def _further(self, config, kind, found, time_limit):
         record = self.result(config, kind)
         if record is None and (time_limit is None or time_limit > 0):
@@ -381,7 +409,7 @@ class Ledger:
 
     def _sha256(self, config, which):
         "Of a checkpoint's file."
-        return hashlib.sha256((self.folder(config) / f"{which}.safetensors").read_bytes()).hexdigest()
+        return sha256_of(self.folder(config) / f"{which}.safetensors")
 
     def run(
         self,
@@ -438,7 +466,7 @@ class Ledger:
                        epochs=trainer.epoch, training_seconds=round(trainer.seconds, 2), history=trainer.history,
                        selection=f"best of {trainer.epoch} epochs by {trainer.criterion} accuracy on "
                                  f"{config['val_size']} held-out training images")
-        attacks = standard_attacks(config["eps"], prototypes=split_name(config["method"])[0] in PROTOTYPE_METHODS, step_size=config["eval_step_size"])
+        attacks = self.attacks(config)
         for which in ("best", "last"):
             if which == "last" and sha256["last"] == sha256["best"]:
                 record["last"] = record["best"]  # the last epoch was the best: measured already
