@@ -65,9 +65,9 @@ CHOSEN = {  # on held-out training images, the same number of trials a method: s
     "small": {
         "PGD-AT": dict(lr=0.2, weight_decay=2e-3),
         "TRADES": dict(lr=0.2, weight_decay=2e-3, beta=6.0),
-        "MART": dict(lr=0.2, weight_decay=5e-4, beta=2.0),
+        "MART": dict(lr=0.2, weight_decay=2e-3, beta=4.0),
         "dual-branch linear": dict(lr=0.1, weight_decay=5e-4, consistency=1.0),
-        "Adv-DPNP": dict(lr=0.1, weight_decay=5e-4, norm=2.5, alignment=0.1, repulsion=0.03, consistency=3.0),
+        "Adv-DPNP": dict(lr=0.1, weight_decay=5e-4, norm=2.5, alignment=0.01, repulsion=0.1, consistency=3.0),
     },
 }
 
