@@ -286,7 +286,10 @@ class Ledger:
         if not path.exists():
             return None
         claim_folder(path.parent, read_json(path.parent / "config.json") | {"run": config})
-        return read_json(path)
+        record, best = read_json(path), path.with_name("best.safetensors")
+        if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
+            raise ValueError(f"{path} is of another checkpoint than {best} (its sha256 differs): delete it to measure again")
+        return record
 
     def model(self, config, which="best"):
         "The trained network of a run, in evaluation mode."

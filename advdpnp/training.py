@@ -279,7 +279,7 @@ class Trainer:
 
     def _step(self, x, y):
         key = (self.seed, self.epoch, self.batch, 1)
-        seed_globally(self.device, seed_of(*key))  # what the network itself draws, such as dropout
+        seed_globally(self.device, seed_of(*key, share()[0]))  # what the network itself draws, such as dropout: other masks for other rows
         rate = self.lr * SCHEDULES[self.schedule]((self.epoch + (self.batch + 0.5) / len(self.loader)) / self.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

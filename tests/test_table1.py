@@ -110,6 +110,20 @@ def test_the_ablation_changes_one_thing_and_shares_the_rest(quick):
     assert found["Adv-DPNP"]["best"]["sha256"] == records(folder)["Adv-DPNP"]["best"]["sha256"]  # the run of table 1, not another
 
 
+def test_fronts_share_its_runs(quick):
+    folder, _ = quick
+    trained = sorted(folder.rglob("state.pt"))
+    finish(papermill(folder, "methods", "PGD-AT, TRADES beta=3, Adv-DPNP consistency=1", number=7))
+    assert sorted(folder.rglob("state.pt")) == trained
+    found = records(folder, "table7.quick.partial")
+    for row, method in ("PGD-AT", "PGD-AT"), ("TRADES beta=3", "TRADES"), ("Adv-DPNP consistency=1", "Adv-DPNP"):
+        whole = records(folder)[method]["best"]
+        assert found[row]["sha256"] == whole["sha256"] and found[row]["clean"]["correct"] == whole["metrics"]["clean"]["correct"]
+        assert found[row]["worst"]["correct"] <= min(whole["metrics"][name]["correct"] for name in ("pgd20", "cw"))
+    assert "Adv-DPNP's front above its" in (folder / "results/table7.quick.partial.md").read_text()
+    assert (folder / "results/table7.quick.partial.front.png").stat().st_size > 1000
+
+
 def test_killed_and_resumed_it_ends_with_the_same_numbers(quick, tmp_path):
     folder, _ = quick
     process = papermill(tmp_path, "methods", "PGD-AT, TRADES")
