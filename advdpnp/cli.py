@@ -310,5 +310,8 @@ def publish(
         from advdpnp.runs import Ledger, load_checkpoint
         from advdpnp.weights import publish
 
-        folder = publish(Ledger(data_dir, device, quiet=True), load_checkpoint(run)[1], name)
+        ledger, config = Ledger(data_dir, device, quiet=True), load_checkpoint(run)[1]
+        if ledger.folder(config).resolve() != run.resolve():
+            raise ValueError(f"{run} is not a run's folder in {data_dir}, which would be {ledger.folder(config)}")
+        folder = publish(ledger, config, name)
     typer.echo(folder)

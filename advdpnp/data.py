@@ -79,7 +79,7 @@ class Dataset:
     class_names: tuple = ()  # one name a class; empty: the numbers 0, 1, ... up to the largest label
     mean: tuple = ()  # per channel, of images in [0, 1]; empty: measured on x_train, or without one on x_test
     std: tuple = ()  # likewise
-    flip: bool | None = None  # whether a mirrored image is still an image of its class; None: unless `name` is in `DIGITS`
+    flip: bool | None = None  # whether a mirrored image is still an image of its class; None: unless `name`, or what stands before its first hyphen, is in `DIGITS`
 
     def __post_init__(self):
         for split in ("train", "test"):
@@ -93,7 +93,7 @@ class Dataset:
         images = self.x_train if len(self.x_train) else self.x_test
         pixels = images.reshape(-1, images.shape[-1])
         mean, std = channel_statistics(pixels) if len(self.mean) == 0 or len(self.std) == 0 else (self.mean, self.std)
-        flip = self.name not in DIGITS if self.flip is None else self.flip
+        flip = self.name.split("-")[0] not in DIGITS if self.flip is None else self.flip
         for key, value in dict(class_names=names, mean=tuple(map(float, mean)), std=tuple(map(float, std)), flip=flip).items():
             object.__setattr__(self, key, value)
 
@@ -461,4 +461,4 @@ def pick_device(
 
 def has_fast_bf16(device: torch.device) -> bool:
     "Whether a device multiplies matrices faster in bfloat16 than in float32: GPUs since Ampere, and CPUs with AMX."
-    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    return torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()

@@ -159,7 +159,7 @@ def load_checkpoint(
     config = said.get("run")
     if config is None:
         raise ValueError(f"{settings} is not of a run of the ledger: it does not say which network the weights belong to")
-    if said.get("sha256", {}).get(path.name, sha256_of(path)) != sha256_of(path):
+    if path.name in said.get("sha256", {}) and said["sha256"][path.name] != sha256_of(path):
         raise ValueError(f"{path} is not the file that {settings} speaks of (its sha256 differs): {advice}")
     try:
         weights = load_file(path)

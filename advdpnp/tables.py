@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'KINDS', 'FEW', 'ROWS', 'LABELS', 'GEOMETRY', 'ANGLES', 'TEXTS', 'table_runs', 'over_seeds', 'tabulate',
-           'markdown', 'readable', 'published', 'corruption_rows', 'geometry_rows', 'numbers', 'corruption_text',
-           'geometry_text', 'hull', 'front_gap', 'tradeoff_rows', 'tradeoff_text', 'save_result', 'save', 'Table',
-           'make_table', 'draw_training', 'draw_budget', 'draw_steps', 'draw_images', 'draw_corruptions', 'draw_angles',
-           'draw_features', 'draw_distances', 'draw_tradeoff']
+           'markdown', 'readable', 'published', 'made_with', 'corruption_rows', 'geometry_rows', 'numbers',
+           'corruption_text', 'geometry_text', 'hull', 'front_gap', 'tradeoff_rows', 'tradeoff_text', 'save_result',
+           'save', 'Table', 'make_table', 'draw_training', 'draw_budget', 'draw_steps', 'draw_images',
+           'draw_corruptions', 'draw_angles', 'draw_features', 'draw_distances', 'draw_tradeoff']
 
 # %% ../nbs/85_tables.ipynb #c002
 import json
@@ -51,6 +51,7 @@ _ABLATION = {  # to what is not as in Adv-DPNP
     "α = 5": dict(norm=5.0),
 }
 _SWEEPS = {  # what trades clean for robust accuracy
+    "PGD-AT": dict(),
     "TRADES": dict(beta=(1.0, 3.0, 6.0, 12.0)),
     "MART": dict(beta=(0.0, 2.0, 5.0, 10.0)),
     "dual-branch linear": dict(consistency=(0.0, 1.0, 3.0, 6.0), clean_weight=(0.3,)),
@@ -58,8 +59,8 @@ _SWEEPS = {  # what trades clean for robust accuracy
 }
 ROWS = {  # of the tables that are not one row a method: a row's name, and its method and settings
     6: {row: dict(method="Adv-DPNP", **change) for row, change in _ABLATION.items()},
-    7: {"PGD-AT": dict(method="PGD-AT")} | {f"{method} {knob}={value:g}": {"method": method, knob: value}
-                                           for method, knobs in _SWEEPS.items() for knob, values in knobs.items() for value in values},
+    7: {row: change for method, knobs in _SWEEPS.items() for row, change in (
+        (method, dict(method=method)), *((f"{method} {knob}={value:g}", {"method": method, knob: value}) for knob, values in knobs.items() for value in values))},
 }
 
 
@@ -72,9 +73,9 @@ def table_runs(
     device="auto",
 ) -> list[tuple[str, dict]]:  # a row's name, and a configuration from `make_config`; the first seed's rows first
     "The runs that a table asks for."
-    own = TABLES[one_of(number, TABLES, "table")]
+    about = TABLES[one_of(number, TABLES, "table")]
     preset = make_config("standard", preset, device=device)["preset"]
-    dataset = dataset or ("digits" if preset == "quick" else own)
+    dataset = dataset or ("digits" if preset == "quick" else about)
     rows = [name.strip() for name in methods.split(",") if name.strip()]
     if number in ROWS:
         rows = [one_of(row, ROWS[number], f"row of table {number}") for row in rows] or [*ROWS[number]][: 8 if (number, preset) == (6, "quick") else None]
@@ -84,7 +85,10 @@ def table_runs(
         seeds = "0, 1, 2" if preset == "paper" or (preset == "small" and number in (1, 4, 5)) else "0"
     chosen = dict.fromkeys((int(seed), row) for seed in str(seeds).split(",") for row in rows)
     change = lambda row: ROWS[number][row] if number in ROWS else dict(method=row)
-    return [(row, make_config(preset=preset, seed=seed, device=device, dataset=dataset, **change(row))) for seed, row in chosen]
+    runs = [(row, make_config(preset=preset, seed=seed, device=device, dataset=dataset, **change(row))) for seed, row in chosen]
+    if number == 7 and not methods:  # a method's chosen setting is a row already
+        runs = [(row, config) for row, config in runs if config["changes"] or row == config["method"]]
+    return runs
 
 # %% ../nbs/85_tables.ipynb #c009
 LABELS = dict(clean="clean", fgsm="FGSM", pgd20="PGD-20", cw="C&W", prototype="prototype PGD", autoattack="AutoAttack", worst="worst case")
@@ -167,6 +171,11 @@ GEOMETRY = dict(fisher="Fisher ratio", silhouette="silhouette", davies_bouldin="
 ANGLES = dict(mean="mean angle (°)", smallest="smallest (°)", simplex_deviation="deviation from simplex")
 
 
+def made_with(record):
+    "The precision of a record's training and its device, for the line below a table."
+    return f"trained in {record['config']['precision']}; {record['device']}"
+
+
 def corruption_rows(
     records: list[dict],  # from `Ledger.corruptions`
 ) -> pd.DataFrame:  # a row a run: method, mean, groups, corruptions; in per cent
@@ -217,7 +226,7 @@ def corruption_text(records):
     made = "the published files of CIFAR-10-C" if first["source"] == "published" else f"images made here from {first['n']} test images (not the published files)"
     return "\n\n".join([numbers(table, dict(mean="all", **{group: group for group in groups}), spreads=intervals),
                         "One by one, the mean over five severities:", numbers(table, {name: name.replace("_", " ") for name in first["accuracy"]}),
-                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}; {made}; {first['device']}."])
+                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}; {made}; {made_with(first)}."])
 
 
 def geometry_text(records):
@@ -226,7 +235,7 @@ def geometry_text(records):
     part = lambda what, names, digits: numbers(table, {f"{what}_{name}": label for name, label in names.items()}, digits)
     return "\n\n".join(["Clean images:", part("clean", GEOMETRY, 2), "Under PGD-20:", part("attacked", GEOMETRY, 2),
                         "Prototypes, or the weight vectors of a linear layer:", part("prototypes", ANGLES, 2), "Class means about their centre:", part("means", ANGLES, 2),
-                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {first['device']}."])
+                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {made_with(first)}."])
 
 # %% ../nbs/85_tables.ipynb #c013d
 def hull(
@@ -243,7 +252,7 @@ def hull(
 
 
 def front_gap(
-    a: np.ndarray,  # (2, P, N) bool: which images the networks of a method get right, clean and in the worst case
+    a: np.ndarray,  # (2, P, N): which images the networks of a method get right, clean and in the worst case; 1 or 0, or the mean over seeds
     b: np.ndarray,  # (2, Q, N): those of another method, on the same images
     resamples: int = 1000,
 ) -> dict:  # points, low, high: in per cent, with a 95% interval; over: the least and largest clean accuracy
@@ -259,14 +268,15 @@ def front_gap(
     return dict(points=gap(first), low=low, high=high, over=(levels[0], levels[-1]))
 
 # %% ../nbs/85_tables.ipynb #c013f
-def _verdicts(records):
-    "(2, P, N) bool: what some networks get right, clean and in the worst case."
-    return np.array([[[v == "1" for v in r["verdicts"][which]] for r in records] for which in ("clean", "worst")])
-
-
 def _by_method(records):
     "Records grouped by their runs' method."
     return {method: [r for r in records if r["config"]["method"] == method] for method in dict.fromkeys(r["config"]["method"] for r in records)}
+
+
+def _verdicts(records):
+    "(2, P, N): which images the rows of a table get right, clean and in the worst case, the mean over seeds."
+    rows = dict.fromkeys(r["method"] for r in records)
+    return np.array([[np.mean([[v == "1" for v in r["verdicts"][which]] for r in records if r["method"] == row], axis=0) for row in rows] for which in ("clean", "worst")])
 
 
 def tradeoff_rows(
@@ -282,13 +292,14 @@ def tradeoff_text(records):
     intervals = {which: [next(f"[{r[which]['low']:.1f}, {r[which]['high']:.1f}]" for r in records if r["method"] == row) for row in table["method"]] for which in ("clean", "worst")}
     parts = [numbers(table, dict(clean="clean", worst="worst of PGD-20, C&W, prototype PGD"), spreads=intervals)]
     if "Adv-DPNP" in methods and len(methods) > 1:
-        lines = [["method", "Adv-DPNP's front above its", "over clean accuracies of"]]
+        lines = [["method", "networks", "Adv-DPNP's front above its", "over clean accuracies of"]]
         for method in methods:
             if method != "Adv-DPNP":
-                found = front_gap(_verdicts(methods["Adv-DPNP"]), _verdicts(methods[method]))
-                lines.append([method, f"{found['points']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]", "{:.1f} to {:.1f}".format(*found["over"])])
-        parts += ["Worst-case accuracy where clean accuracies are equal:", markdown(lines)]
-    return "\n\n".join([*parts, f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {first['device']}."])
+                pair = _verdicts(methods["Adv-DPNP"]), _verdicts(methods[method])
+                found = front_gap(*pair)
+                lines.append([method, str(pair[1].shape[1]), f"{found['points']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]", "{:.1f} to {:.1f}".format(*found["over"])])
+        parts += [f"Worst-case accuracy where clean accuracies are equal, for the {_verdicts(methods['Adv-DPNP']).shape[1]} networks of Adv-DPNP; intervals are over test images, so another seed may lie outside:", markdown(lines)]
+    return "\n\n".join([*parts, f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {made_with(first)}."])
 
 # %% ../nbs/85_tables.ipynb #c015
 def save_result(
@@ -299,9 +310,10 @@ def save_result(
 ) -> list[Path]:  # what was written
     "Write the records (.json), the table of the best checkpoints (.csv), that of the last (.last.csv), and both for people (.md)."
     first = records[0]
-    few = dict.fromkeys(str(first[which]["metrics"]["worst"]["n"]) for which in ("best", "last"))
+    sizes = {which: " or ".join(map(str, sorted({r[which]["metrics"]["worst"]["n"] for r in records}))) for which in ("best", "last")}
+    few = sizes["best"] if sizes["best"] == sizes["last"] else f"{sizes['best']}, and at the last epoch {sizes['last']},"
     about = f"{first['dataset']}, {first['arch']}, preset {first['preset']}, eps {first['config']['eps']:.4g}, {first['best']['n']} test images" \
-            f" ({' and, at the last epoch, '.join(few)} for AutoAttack and the worst case); {first['device']}."
+            f" ({few} for AutoAttack and the worst case); {made_with(first)}."
     others = published(first["dataset"], data_dir) if beside else ""
     if others:
         size = f"{first['config']['side']} pixels, " if first["config"].get("side") else ""
@@ -529,12 +541,13 @@ def draw_tradeoff(records):
     "Worst-case against clean accuracy, and the front of each method: a figure."
     figure, ax = plt.subplots(figsize=(7.5, 4.2))
     for (method, runs), colour in zip(_by_method(records).items(), sns.color_palette()):
-        points = tradeoff_rows(runs)[["clean", "worst"]].to_numpy()
-        reach = np.abs([[[r[which][end] - r[which]["accuracy"] for r in runs] for end in ("low", "high")] for which in ("clean", "worst")])
+        rows = over_seeds(tradeoff_rows(runs))
+        points, firsts = rows[["clean", "worst"]].to_numpy(), [next(r for r in runs if r["method"] == row) for row in rows["method"]]
+        reach = np.abs([[[r[which][end] - r[which]["accuracy"] for r in firsts] for end in ("low", "high")] for which in ("clean", "worst")])
         ax.errorbar(*points.T, xerr=reach[0], yerr=reach[1], fmt="o", ms=4, lw=0.5, color=colour, alpha=0.6)
         ax.plot(*hull(points).T, color=colour, lw=2, label=method)
-        for r, point in zip(runs, points):
-            ax.annotate(r["method"].removeprefix(method).lstrip(), point, xytext=(4, 3), textcoords="offset points", fontsize=6, color=colour)
+        for row, point in zip(rows["method"], points):
+            ax.annotate(row.removeprefix(method).lstrip(), point, xytext=(4, 3), textcoords="offset points", fontsize=6, color=colour)
     ax.set(xlabel="clean accuracy (%)", ylabel="worst-case accuracy (%)")
     _legend(ax)
     return figure
