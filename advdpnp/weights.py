@@ -96,7 +96,7 @@ def publish(
     config: dict,  # of a finished run
     name: str | None = None,  # None: method, data set and preset
 ) -> Path:  # the folder: best.safetensors, config.json, README.md
-    "Put a run's best epoch into `<data_dir>/weights`, in half precision, with its card; a ValueError if rounding changes more than one verdict in 200."
+    "Put a run's best epoch into `<data_dir>/weights`, in half precision, with its card; a ValueError if rounding moves its accuracy by more than half a point."
     record = ledger.result(config)
     if record is None:
         raise ValueError(f"{ledger.folder(config)} is not a finished run: train and measure it first")
@@ -108,10 +108,10 @@ def publish(
     before = remeasured(net, data, config)
     net.load_state_dict(weights)  # casts back
     after = remeasured(net, data, config)
-    changed = {metric: 100 * (before[metric] != after[metric]).double().mean().item() for metric in after}
-    if max(changed.values()) > 0.5:
-        raise ValueError(f"in half precision other images are right than in {ledger.folder(config)} (per cent of them: {changed}): expected at most 0.5")
-    rounded = {metric: accuracy(right) for metric, right in after.items()}
+    rounded, exact = ({metric: accuracy(right) for metric, right in found.items()} for found in (after, before))
+    moved = {metric: round(rounded[metric]["accuracy"] - exact[metric]["accuracy"], 2) for metric in rounded}
+    if max(map(abs, moved.values())) > 0.5:
+        raise ValueError(f"half precision moves the accuracy of {ledger.folder(config)} by {moved} points: expected at most 0.5")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "best.safetensors") as part:
         save_file(weights, part)
