@@ -15,6 +15,7 @@ import io
 import itertools
 import math
 import multiprocessing
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -465,11 +466,14 @@ def corruption_accuracy(
     batch_size: int = 500,
     quiet: bool = False,  # no progress bar
     title: str = "",  # before the bar
+    deadline: float | None = None,  # a `time.time()` after which a TimeoutError is raised
 ) -> dict:  # accuracy: corruption to five numbers, in per cent; mean, low and high over all; n; source
     "How much accuracy survives each corruption at each severity."
     device, right, score = device_of(model), {}, 0
     bar = progress_bar(5 * len(corrupted.files), f"{title} corruptions".lstrip(), quiet=quiet)
     for name in corrupted.files:
+        if deadline is not None and time.time() > deadline:
+            raise TimeoutError(f"time is up before {name}")
         right[name] = []
         for severity in range(1, 6):
             data = corrupted.at(name, severity, side, images)

@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'CHOSEN', 'RECORDS', 'budget_of', 'make_config', 'config_hash', 'check_parameters', 'provenance',
-           'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker', 'status', 'Ledger', 'do_alone']
+           'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker', 'status', 'Runs', 'title', 'attacks_of',
+           'attacked', 'first_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'of_best', 'Ledger',
+           'share_work', 'do_alone']
 
 # %% ../nbs/80_runs.ipynb #c002
 import dataclasses
@@ -226,16 +228,8 @@ def status(
     return ("interrupted", f"after {epochs} epochs") if (folder / "config.json").exists() else ("missing", "")
 
 # %% ../nbs/80_runs.ipynb #c025
-def _left(deadline):
-    "Seconds until a `time.time()`; None stays None."
-    return None if deadline is None else max(0.0, deadline - time.time())
-
-
-RECORDS = {"result": "measure", "corruptions": "corruptions", "geometry": "geometry", "tradeoff": "tradeoff"}  # of a run, to the method of `Ledger` that makes it
-
-
-class Ledger:
-    "The runs of a data folder: those that are finished, half done and missing."
+class Runs:
+    "The runs of a data folder: where they live, and what is there."
 
     def __init__(
         self,
@@ -260,6 +254,10 @@ class Ledger:
             self._datasets[key] = at_most(dataset, images) if images else dataset
         return self._datasets[key]
 
+    def corrupted(self, config):
+        "The corrupted test images of a run, made if they are not there."
+        return corrupted_images(load_dataset(config["dataset"], self.data_dir), self.data_dir, images=config["corruption_images"], quiet=self.quiet)
+
     def net(self, config):
         "The untrained network of a run; the same seed gives the same weights."
         dataset = self.dataset(config)
@@ -274,7 +272,15 @@ class Ledger:
         keys = ("epochs", "batch_size", "lr", "weight_decay", "awp", "ema", "schedule", "padding", "precision", "val_size", "seed")
         return Trainer(self.net(config), method, self.dataset(config), **{key: config[key] for key in keys},
                        val_attack=PGD(config["eps"], steps=10), device=self.device, folder=self.folder(config),
-                       config={"run": config}, quiet=self.quiet, name=f"{config['method']} s{config['seed']}")
+                       config={"run": config}, quiet=self.quiet, name=title(config))
+
+    def trained(self, config):
+        "Whether a run is trained to its last epoch."
+        return (self.folder(config) / "trained.json").exists()
+
+    def sha256(self, config, which="best"):
+        "Of a checkpoint's file."
+        return sha256_of(self.folder(config) / f"{which}.safetensors")
 
     def result(
         self,
@@ -297,7 +303,7 @@ class Ledger:
         if not path.exists():
             raise FileNotFoundError(f"{path} is not there: train this run first, with Ledger.run")
         result = path.with_name("result.json")
-        if result.exists() and read_json(result)[which]["sha256"] != self._sha256(config, which):
+        if result.exists() and read_json(result)[which]["sha256"] != self.sha256(config, which):
             raise ValueError(f"{path} is not the file that was measured (its sha256 differs): delete {path.parent} to train this run again")
         return load_checkpoint(path)[0].to(self.device)
 
@@ -309,9 +315,86 @@ class Ledger:
         plain = make_config("standard", config["preset"], config["seed"], self.device, **same)
         return self.model(plain) if self.trained(plain) else None
 
-    def trained(self, config):
-        "Whether a run is trained to its last epoch."
-        return (self.folder(config) / "trained.json").exists()
+
+def title(config):
+    "Of a run, on progress bars."
+    return f"{config['method']} s{config['seed']}"
+
+# %% ../nbs/80_runs.ipynb #c025c
+def attacks_of(config):
+    "The attacks of the tables, as a run's configuration has them."
+    return standard_attacks(config["eps"], prototypes=split_name(config["method"])[0] in PROTOTYPE_METHODS, step_size=config["eval_step_size"])
+
+
+def attacked(runs, config, deadline):
+    "The best and the last epoch of a run under every attack, and how it was trained; interrupted, it goes on from what it found."
+    dataset, trainer, folder = runs.dataset(config), runs.trainer(config), runs.folder(config)
+    record = dict(epochs=trainer.epoch, training_seconds=round(trainer.seconds, 2), history=trainer.history,
+                  selection=f"best of {trainer.epoch} epochs by {trainer.criterion} accuracy on {config['val_size']} held-out training images")
+    for which in ("best", "last"):
+        if which == "last" and runs.sha256(config, "last") == runs.sha256(config, "best"):
+            record["last"] = record["best"]  # the last epoch was the best: measured already
+            continue
+        limit = which == "last" and config["last_autoattack_images"] or config["autoattack_images"]  # test images for AutoAttack
+        found = evaluate(runs.model(config, which), dataset, attacks_of(config), images=config["test_images"],
+                         limits={"autoattack": limit or len(dataset.x_test)}, check_images=config["check_images"],
+                         twin=runs.twin(config), resume=folder / f"evaluation-{which}.json", deadline=deadline, quiet=runs.quiet,
+                         title=f"{title(config)} {which}")
+        record[which] = dict(epoch=trainer.best["epoch"] if which == "best" else trainer.epoch, sha256=runs.sha256(config, which), **found)
+    return record | dict(trained_with=read_json(folder / "trained.json"))
+
+# %% ../nbs/80_runs.ipynb #c025e
+def first_images(runs, config):
+    "At most 2,000 test images, the first, in batches."
+    data = runs.dataset(config)
+    return Loader(data.x_test[:2000], data.y_test[:2000], 500, device=runs.device)
+
+
+def under_corruptions(runs, config, deadline):
+    "Accuracy under common corruptions."
+    return corruption_accuracy(runs.model(config), runs.corrupted(config), config["side"], quiet=runs.quiet, title=title(config), deadline=deadline)
+
+
+def shape_of_features(runs, config, deadline):
+    "Geometry of features, clean and under PGD-20, on `first_images`."
+    return geometry(runs.model(config), first_images(runs, config), PGD(config["eps"], config["eval_step_size"]))
+
+
+def tradeoff(runs, config, deadline):
+    "Clean accuracy, and the worst case over PGD-20, C&W and the attack on prototypes, image by image, on `first_images`."
+
+    def keep(*_):
+        if deadline is not None and time.time() > deadline:
+            raise TimeoutError("time is up")
+
+    net, images = runs.model(config), first_images(runs, config)
+    clean = worst = correct(net, images)
+    for attack in attacks_of(config)[1:-1]:  # without FGSM, and AutoAttack, which takes ten times as long as the others
+        worst = standing_after(net, images, attack, worst, quiet=runs.quiet, title=title(config), keep=keep)
+    verdicts = {name: "".join("01"[v] for v in found.tolist()) for name, found in (("clean", clean), ("worst", worst))}
+    return dict(n=len(clean), clean=accuracy(clean), worst=accuracy(worst), verdicts=verdicts)
+
+
+def of_best(found):
+    "A record of a run's best epoch, which says of which file."
+
+    def measured(runs, config, deadline):
+        began = time.monotonic()
+        return dict(sha256=runs.sha256(config)) | found(runs, config, deadline) | dict(seconds=round(time.monotonic() - began, 2))
+
+    return measured
+
+
+RECORDS = {"result": attacked, "corruptions": of_best(under_corruptions), "geometry": of_best(shape_of_features), "tradeoff": of_best(tradeoff)}
+
+# %% ../nbs/80_runs.ipynb #c025h
+def _left(deadline):
+    "Seconds until a `time.time()`; None stays None."
+    return None if deadline is None else max(0.0, deadline - time.time())
+
+
+class Ledger(Runs):
+    "Runs that are finished, half done and missing, and how to get them finished."
 
     def train(
         self,
@@ -337,82 +420,25 @@ class Ledger:
         self,
         config: dict,  # of a trained run
         time_limit: float | None = None,  # seconds; None: until done
+        kind: str = "result",  # one of `RECORDS`
     ) -> dict | None:  # the record; None if time ran out
-        "The record of a trained run: read if it is there, otherwise its best and last checkpoint are evaluated."
-        record = self.result(config)
-        if record is None:
+        "A record of a trained run: read if it is there, otherwise made."
+        record, folder = self.result(config, kind), self.folder(config)
+        if record is None and (time_limit is None or time_limit > 0):
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            if time_limit is not None and time_limit <= 0:
-                return None
+            about = {key: config[key] for key in ("method", "dataset", "arch", "preset", "seed")} | dict(
+                config=config, config_hash=config_hash(config), data_sha256=self.dataset(config).sha256)
             try:
-                with one_thread(self.device), at_work(self.folder(config)):
-                    record = self._measure(config, None if time_limit is None else time.time() + time_limit)
+                with one_thread(self.device), at_work(folder):
+                    record = about | RECORDS[kind](self, config, None if time_limit is None else time.time() + time_limit) | provenance(self.device)
             except TimeoutError:
                 return None
-            with replacing(self.folder(config) / "result.json") as part:
+            with replacing(folder / f"{kind}.json") as part:
                 part.write_text(json.dumps(record, indent=1))
-            for left_over in self.folder(config).glob("evaluation-*.json"):
+            for left_over in folder.glob("evaluation-*.json") if kind == "result" else ():
                 left_over.unlink()
         return record
-
-    def corruptions(self, config, time_limit=None):
-        "The accuracy of a trained run's best epoch under common corruptions: read if it is there, otherwise measured; None if there is no time."
-
-        def found(net):
-            return corruption_accuracy(net, self.corrupted(config), config["side"], quiet=self.quiet, title=f"{config['method']} s{config['seed']}")
-
-        return self._further(config, "corruptions", found, time_limit)
-
-    def corrupted(self, config):
-        "The corrupted test images of a run, made if they are not there."
-        return corrupted_images(load_dataset(config["dataset"], self.data_dir), self.data_dir, images=config["corruption_images"], quiet=self.quiet)
-
-    def geometry(self, config, time_limit=None):
-        "The geometry of a trained run's features at its best epoch, clean and under PGD-20, on at most 2,000 test images; otherwise as `corruptions`."
-
-        def found(net):
-            data = self.dataset(config)
-            return geometry(net, Loader(data.x_test[:2000], data.y_test[:2000], 500, device=self.device), PGD(config["eps"], config["eval_step_size"]))
-
-        return self._further(config, "geometry", found, time_limit)
-
-    def tradeoff(self, config, time_limit=None):
-        "Clean accuracy of a trained run's best epoch and its worst case over PGD-20, C&W and the attack on prototypes, image by image, on at most 2,000 test images; otherwise as `corruptions`."
-
-        def found(net):
-            data = self.dataset(config)
-            images = Loader(data.x_test[:2000], data.y_test[:2000], 500, device=self.device)
-            clean = worst = correct(net, images)
-            for attack in self.attacks(config)[1:-1]:  # without FGSM, and AutoAttack, which takes ten times as long as the others
-                worst = standing_after(net, images, attack, worst, quiet=self.quiet, title=f"{config['method']} s{config['seed']}")
-            verdicts = {name: "".join("01"[v] for v in found.tolist()) for name, found in (("clean", clean), ("worst", worst))}
-            return dict(n=len(clean), clean=accuracy(clean), worst=accuracy(worst), verdicts=verdicts)
-
-        return self._further(config, "tradeoff", found, time_limit)
-
-    def attacks(self, config):
-        "The attacks of the tables, as a run's configuration has them."
-        return standard_attacks(config["eps"], prototypes=split_name(config["method"])[0] in PROTOTYPE_METHODS, step_size=config["eval_step_size"])
-
-    def _further(self, config, kind, found, time_limit):
-        record = self.result(config, kind)
-        if record is None and (time_limit is None or time_limit > 0):
-            began = time.monotonic()
-            with one_thread(self.device), at_work(self.folder(config)):
-                record = self._about(config) | dict(sha256=self._sha256(config, "best")) | found(self.model(config)) | dict(seconds=round(time.monotonic() - began, 2), **provenance(self.device))
-                with replacing(self.folder(config) / f"{kind}.json") as part:
-                    part.write_text(json.dumps(record, indent=1))
-        return record
-
-    def _about(self, config):
-        "What every record says of its run."
-        return {key: config[key] for key in ("method", "dataset", "arch", "preset", "seed")} | dict(
-            config=config, config_hash=config_hash(config), data_sha256=self.dataset(config).sha256)
-
-    def _sha256(self, config, which):
-        "Of a checkpoint's file."
-        return sha256_of(self.folder(config) / f"{which}.safetensors")
 
     def run(
         self,
@@ -433,59 +459,48 @@ class Ledger:
         kind: str = "result",  # one of `RECORDS`
     ) -> list[dict | None]:  # their records in order; None where time ran out
         "Records of several runs. What is missing is trained, then measured, side by side, the longest first."
-        deadline, measure = None if time_limit is None else time.time() + time_limit, RECORDS[one_of(kind, RECORDS, "record")]
+        deadline = None if time_limit is None else time.time() + time_limit
         missing = [*{self.folder(config): config for config in configs if self.result(config, kind) is None}.values()]
         missing.sort(key=lambda config: split_name(config["method"])[0] in CLEAN_METHODS)
         for config in missing:
             self.corrupted(config) if kind == "corruptions" else self.dataset(config)  # downloaded or made once, and not by every worker
         if jobs == "auto":
             jobs = 1 if self.device.type == "cuda" else cores()
-        for step in ("train", measure):  # measured when all are trained: a run's undefended twin may be among them
-            self._share(step, [config for config in missing if self.trained(config) == (step == measure)], jobs, deadline)
+        for step in ("train", kind):  # measured when all are trained: a run's undefended twin may be among them
+            share_work(self, step, [config for config in missing if self.trained(config) == (step == kind)], jobs, deadline)
         return [self.result(config, kind) for config in configs]
 
-    def _share(self, step, configs, jobs, deadline):
-        alone = self.device.type == "cpu" and min(jobs, len(configs)) == 1  # a GPU's worker also keeps this process free of it
-        if alone or not configs:
-            for config in configs:
-                do_alone(self.data_dir, self.device, self.quiet, step, config, deadline)
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(configs)), context, initializer=_become_worker, initargs=(os.getpid(),)) as pool:
-            work = [pool.submit(do_alone, self.data_dir, self.device, self.quiet, step, config, deadline) for config in configs]
-            try:
-                errors = [one.exception() for one in as_completed(work) if one.exception()]
-            except BaseException:  # interrupted
-                for process in list(pool._processes.values()):
-                    process.terminate()  # each goes on next time from the state it saved last
-                raise
-        if errors:
-            raise errors[0]  # when the others are done
-
-    def _measure(self, config, deadline):
-        dataset, trainer, folder = self.dataset(config), self.trainer(config), self.folder(config)
-        sha256 = {which: self._sha256(config, which) for which in ("best", "last")}
-        record = self._about(config) | dict(
-                       epochs=trainer.epoch, training_seconds=round(trainer.seconds, 2), history=trainer.history,
-                       selection=f"best of {trainer.epoch} epochs by {trainer.criterion} accuracy on "
-                                 f"{config['val_size']} held-out training images")
-        attacks = self.attacks(config)
-        for which in ("best", "last"):
-            if which == "last" and sha256["last"] == sha256["best"]:
-                record["last"] = record["best"]  # the last epoch was the best: measured already
-                continue
-            limit = which == "last" and config["last_autoattack_images"] or config["autoattack_images"]  # test images for AutoAttack
-            found = evaluate(self.model(config, which), dataset, attacks, images=config["test_images"],
-                             limits={"autoattack": limit or len(dataset.x_test)}, check_images=config["check_images"],
-                             twin=self.twin(config), resume=folder / f"evaluation-{which}.json", deadline=deadline, quiet=self.quiet,
-                             title=f"{config['method']} s{config['seed']} {which}")
-            record[which] = dict(epoch=trainer.best["epoch"] if which == "best" else trainer.epoch, sha256=sha256[which], **found)
-        return record | dict(trained_with=read_json(folder / "trained.json"), **provenance(self.device))
-
 # %% ../nbs/80_runs.ipynb #c029
+def share_work(
+    ledger: Ledger,
+    step: str,  # "train", or one of `RECORDS`
+    configs: list[dict],
+    jobs: int,  # at once
+    deadline: float | None,  # a `time.time()`
+):
+    "Do a step of several runs, in workers; the first error is raised when all are done."
+    where = ledger.data_dir, ledger.device, ledger.quiet
+    if not configs or ledger.device.type == "cpu" and min(jobs, len(configs)) == 1:  # a GPU's worker also keeps this process free of it
+        for config in configs:
+            do_alone(*where, step, config, deadline)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(configs)), context, initializer=_become_worker, initargs=(os.getpid(),)) as pool:
+        work = [pool.submit(do_alone, *where, step, config, deadline) for config in configs]
+        try:
+            errors = [one.exception() for one in as_completed(work) if one.exception()]
+        except BaseException:  # interrupted
+            for process in list(pool._processes.values()):
+                process.terminate()  # each goes on next time from the state it saved last
+            raise
+    if errors:
+        raise errors[0]
+
+
 def do_alone(data_dir, device, quiet, step, config, deadline):
-    "`Ledger.train`, or what makes one of its records, of one configuration, in whichever process this is."
-    getattr(Ledger(data_dir, device, quiet), one_of(step, ["train", *RECORDS.values()], "step"))(config, _left(deadline))
+    "A step of one run, in whichever process this is."
+    ledger, left = Ledger(data_dir, device, quiet), _left(deadline)
+    ledger.train(config, left) if one_of(step, ["train", *RECORDS], "step") == "train" else ledger.measure(config, left, step)
 
 
 def _become_worker(parent):

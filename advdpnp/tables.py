@@ -177,7 +177,7 @@ def made_with(record):
 
 
 def corruption_rows(
-    records: list[dict],  # from `Ledger.corruptions`
+    records: list[dict],  # of kind "corruptions"
 ) -> pd.DataFrame:  # a row a run: method, mean, groups, corruptions; in per cent
     "Accuracy under common corruptions."
     rows = []
@@ -189,7 +189,7 @@ def corruption_rows(
 
 
 def geometry_rows(
-    records: list[dict],  # from `Ledger.geometry`
+    records: list[dict],  # of kind "geometry"
 ) -> pd.DataFrame:  # a row a run: method, then clean_<number>, attacked_<number>, prototypes_<angle>, means_<angle>
     "Compactness and separation of features."
     rows = []
@@ -280,7 +280,7 @@ def _verdicts(records):
 
 
 def tradeoff_rows(
-    records: list[dict],  # from `Ledger.tradeoff`
+    records: list[dict],  # of kind "tradeoff"
 ) -> pd.DataFrame:  # a row a run: method, clean, worst; in per cent
     "Clean and worst-case accuracy."
     return pd.DataFrame([{"method": r["method"], "clean": r["clean"]["accuracy"], "worst": r["worst"]["accuracy"]} for r in records])
