@@ -545,7 +545,7 @@ def draw_tradeoff(records):
         points, firsts = rows[["clean", "worst"]].to_numpy(), [next(r for r in runs if r["method"] == row) for row in rows["method"]]
         reach = np.abs([[[r[which][end] - r[which]["accuracy"] for r in firsts] for end in ("low", "high")] for which in ("clean", "worst")])
         ax.errorbar(*points.T, xerr=reach[0], yerr=reach[1], fmt="o", ms=4, lw=0.5, color=colour, alpha=0.6)
-        ax.plot(*hull(points).T, color=colour, lw=2, label=method)
+        ax.plot(*hull(points).T, color=colour, lw=2, marker="o", ms=6, label=method)
         for row, point in zip(rows["method"], points):
             ax.annotate(row.removeprefix(method).lstrip(), point, xytext=(4, 3), textcoords="offset points", fontsize=6, color=colour)
     ax.set(xlabel="clean accuracy (%)", ylabel="worst-case accuracy (%)")
