@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -118,3 +119,27 @@ import advdpnp.runs, advdpnp.cli
 def test_pictures_are_stored_where_a_reader_expects_them():
     pictures = {path.stem: path.read_text().count('"image/png"') for path in NOTEBOOKS}
     assert all(pictures[name] for name in ("00_data", "30_losses", "40_attacks", "45_autoattack", "50_training", "58_sanity", "60_evaluation", "65_corruptions", "70_geometry", "85_tables", "figure1", "table1", "table4", "table5", "table6")), pictures
+
+
+def test_the_plans_for_all_numbers_can_be_carried_out():
+    from advdpnp.baselines import split_name
+    from advdpnp.tables import table_runs
+
+    plans = runpy.run_path(str(ROOT / ".ci/numbers"))["PLANS"]
+    assert set(plans) == {"quick", "small", "fast", "paper"}
+    for preset, plan in plans.items():
+        for word, *more in plan:
+            first, *more = more or [None]
+            options = dict(zip((name.removeprefix("--") for name in more[::2]), more[1::2])) if word == "table" else {}
+            if word == "table":
+                assert table_runs(first, preset, device="cpu", **options)
+            elif word == "notebook":
+                cells = json.loads((ROOT / f"nbs/{first}.ipynb").read_text())["cells"]
+                given = "".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])))
+                assert all(re.search(rf"^{setting.split('=')[0]} = ", given, re.M) for setting in more)
+            elif word == "evaluate":
+                split_name(Path(first).parent.name.split("-cifar_resnet18")[0])
+            else:
+                assert word == "chosen"
+    shown = subprocess.run([sys.executable, ROOT / ".ci/numbers", "small", "--show"], check=True, capture_output=True, text=True).stdout
+    assert shown.splitlines()[:2] == ["table 1", "table 4"]
