@@ -434,7 +434,7 @@ def corrupted_images(
         files = published_files(data_dir / "CIFAR-10-C", dataset.y_test, names)
         return CorruptedImages(dataset, files, count, dict(source="published", md5={name: PUBLISHED[name] for name in names}))
     x, folder = dataset.x_test[:count], data_dir / f"{dataset.name}-C-{count}"
-    about = dict(source="generated", recipe=RECIPE, seed=seed, images=count, of_sha256=hashlib.sha256(x.tobytes()).hexdigest())
+    about = dict(source="generated", recipe=RECIPE, recipe_seed=seed, images=count, of_sha256=hashlib.sha256(x.tobytes()).hexdigest())
     claim_folder(folder, about)
     files = {name: folder / f"{name}.npy" for name in names}
     missing = [name for name in names if not files[name].exists()]

@@ -401,7 +401,8 @@ def make_table(
 # %% ../nbs/85_tables.ipynb #c018
 def _colours(records):
     "A colour for each method."
-    return dict(zip((r["method"] for r in records), sns.color_palette() if len(records) <= 10 else sns.color_palette("husl", len(records))))
+    methods = dict.fromkeys(r["method"] for r in records)
+    return dict(zip(methods, sns.color_palette() if len(methods) <= 10 else sns.color_palette("husl", len(methods))))
 
 
 def _legend(ax):
@@ -476,13 +477,14 @@ def draw_images(
 
 # %% ../nbs/85_tables.ipynb #c029b
 def draw_corruptions(records):
-    "Accuracy of every method under every corruption, and against severity: a figure."
-    figure, (ax, lines) = plt.subplots(1, 2, figsize=(12.5, 0.4 * len(records) + 2), width_ratios=(3, 1))
-    table = corruption_rows(records).set_index("method")[[*records[0]["accuracy"]]].rename(columns=lambda name: name.replace("_", " "))
+    "Accuracy of every method under every corruption, and against severity, the mean over seeds: a figure."
+    table = over_seeds(corruption_rows(records)).set_index("method")[[*records[0]["accuracy"]]].rename(columns=lambda name: name.replace("_", " "))
+    figure, (ax, lines) = plt.subplots(1, 2, figsize=(12.5, 0.4 * len(table) + 2), width_ratios=(3, 1))
     sns.heatmap(table - table.max(), annot=table, fmt=".0f", cmap="rocket", vmin=-30, vmax=0, ax=ax, annot_kws=dict(size=7), cbar_kws=dict(label="below the best"))
     ax.set(xlabel="", ylabel="")
-    for r, colour in zip(records, _colours(records).values()):
-        lines.plot(range(1, 6), np.mean([*r["accuracy"].values()], axis=0), marker="o", ms=3, color=colour, label=r["method"])
+    for method, colour in _colours(records).items():
+        runs = [[*r["accuracy"].values()] for r in records if r["method"] == method]
+        lines.plot(range(1, 6), np.mean(runs, axis=(0, 1)), marker="o", ms=3, color=colour, label=method)
     lines.set(xlabel="severity", ylabel="accuracy (%)", xticks=range(1, 6))
     sns.despine(ax=lines)
     lines.legend(fontsize=6, frameon=False)
