@@ -346,7 +346,7 @@ def test_an_interruption_costs_one_corruption(tmp_path, monkeypatch, error, wher
 def test_images_of_other_test_images_or_another_seed_are_refused(tmp_path):
     dataset, other = in_pieces(20, (8, 8, 1)), in_pieces(20, (8, 8, 1))
     corrupted_images(dataset, tmp_path, ["contrast"], quiet=True)
-    for refused, seed, named in ((other, 0, "of_sha256"), (dataset, 1, "seed is 0 there, 1 here")):
+    for refused, seed, named in ((other, 0, "of_sha256"), (dataset, 1, "recipe_seed is 0 there, 1 here")):
         with pytest.raises(ValueError, match=f"mine-C-20 holds another run: {named}"):
             corrupted_images(refused, tmp_path, ["contrast", "fog"], seed=seed, quiet=True)
     assert {path.name for path in (tmp_path / "mine-C-20").iterdir()} == {"config.json", "contrast.npy"}
