@@ -31,7 +31,7 @@ from .attacks import PGD, correct, standing_after
 from .baselines import CLEAN_METHODS, METHODS, PROTOTYPE_METHODS, make_net, split_name
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, cores, has_fast_bf16, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
-from .evaluation import accuracy, evaluate, standard_attacks
+from .evaluation import Resume, accuracy, evaluate, standard_attacks, to_digits
 from .geometry import geometry
 from .parallel import share
 from .training import Trainer, claim_folder
@@ -362,17 +362,11 @@ def shape_of_features(runs, config, deadline):
 
 def tradeoff(runs, config, deadline):
     "Clean accuracy, and the worst case over PGD-20, C&W and the attack on prototypes, image by image, on `first_images`."
-
-    def keep(*_):
-        if deadline is not None and time.time() > deadline:
-            raise TimeoutError("time is up")
-
-    net, images = runs.model(config), first_images(runs, config)
+    net, images, kept = runs.model(config), first_images(runs, config), Resume(None, {}, deadline)
     clean = worst = correct(net, images)
     for attack in attacks_of(config)[1:-1]:  # without FGSM, and AutoAttack, which takes ten times as long as the others
-        worst = standing_after(net, images, attack, worst, quiet=runs.quiet, title=title(config), keep=keep)
-    verdicts = {name: "".join("01"[v] for v in found.tolist()) for name, found in (("clean", clean), ("worst", worst))}
-    return dict(n=len(clean), clean=accuracy(clean), worst=accuracy(worst), verdicts=verdicts)
+        worst = standing_after(net, images, attack, worst, quiet=runs.quiet, title=title(config), keep=kept.keeper(attack.name))
+    return dict(n=len(clean), clean=accuracy(clean), worst=accuracy(worst), verdicts=dict(clean=to_digits(clean), worst=to_digits(worst)))
 
 
 def of_best(found):

@@ -16,7 +16,7 @@ from .attacks import PGD, correct, standing_after
 from .data import Loader, one_of, read_json, replacing
 from .evaluation import accuracy
 from .runs import Ledger, load_checkpoint, provenance, sha256_of
-from .tables import LABELS, markdown
+from .tables import LABELS, interval, markdown
 
 # %% ../nbs/87_weights.ipynb #c005
 def load_weights(
@@ -55,7 +55,7 @@ def card(
     "A model card in Markdown."
     best, side = record["best"], config["side"]
     metrics = {metric: best["metrics"][metric] for metric in LABELS if metric in best["metrics"]}
-    cell = lambda m: f"{m['accuracy']:.1f} [{m['low']:.1f}, {m['high']:.1f}]"
+    cell = lambda m: f"{m['accuracy']:.1f} {interval(m)}"
     lines = [["", *(LABELS[metric] for metric in metrics)], ["the run", *(cell(m) for m in metrics.values())], ["images", *(str(m["n"]) for m in metrics.values())],
              ["in half precision", *(cell(rounded[metric]) if metric in ("clean", "pgd20") else "–" for metric in metrics)]]
     failed = [check["name"] for check in best["checks"] if check["passed"] is False]
