@@ -460,5 +460,7 @@ def pick_device(
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    "Whether a device multiplies matrices faster in bfloat16 than in float32: GPUs since Ampere, and CPUs with AMX."
-    return torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    "Whether a device multiplies matrices faster in bfloat16 than in float32: GPUs since Ampere, and CPUs with AMX or AVX512-BF16."
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

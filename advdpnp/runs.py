@@ -396,18 +396,21 @@ class Ledger(Runs):
         time_limit: float | None = None,  # seconds; None: until done
     ) -> bool:  # whether it is trained
         "Train a run from where it stopped."
-        if not self.trained(config):
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)  # `provenance` reports this run's peak
-            first, processes = share()[0] == 0, share()[1]
-            with one_thread(self.device):
-                trainer = self.trainer(config)  # a configuration that cannot be leaves no folder behind
-                with at_work(self.folder(config)) if first else nullcontext():
-                    if not trainer.fit(time_limit):
-                        return False
-                if first:
-                    with replacing(self.folder(config) / "trained.json") as part:
-                        part.write_text(json.dumps(provenance(self.device) | dict(processes=processes), indent=1))
+        if self.trained(config):
+            return True
+        if time_limit is not None and time_limit <= 0:
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # `provenance` reports this run's peak
+        first, processes = share()[0] == 0, share()[1]
+        with one_thread(self.device):
+            trainer = self.trainer(config)  # a configuration that cannot be leaves no folder behind
+            with at_work(self.folder(config)) if first else nullcontext():
+                if not trainer.fit(time_limit):
+                    return False
+            if first:
+                with replacing(self.folder(config) / "trained.json") as part:
+                    part.write_text(json.dumps(provenance(self.device) | dict(processes=processes), indent=1))
         return True
 
     def measure(
