@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'parse_eps', 'import_model', 'parse_time', 'parse_settings', 'plain_errors', 'advdpnp', 'evaluate', 'train',
-           'runs', 'table', 'publish']
+           'runs', 'table', 'adopt', 'publish']
 
 # %% ../nbs/90_cli.ipynb #c002
 import importlib
@@ -291,6 +291,26 @@ def table(
         typer.echo(f"left: {line}".rstrip())
     for path in made.files:
         typer.echo(path)
+
+# %% ../nbs/90_cli.ipynb #c028e
+@app.command()
+def adopt(
+    records: Annotated[list[Path], typer.Argument(help="The .json beside a table, such as data/results/table1.small.json.")],
+    data_dir: Annotated[Path, typer.Option(help="Folder with the runs.")] = Path("data"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+):
+    """Count runs as finished that another machine has measured: tables take them in, and train only what is missing.
+
+    Example:
+
+        advdpnp adopt data/results/table1.small.partial.json
+    """
+    with plain_errors():
+        from advdpnp.tables import adopt
+
+        for path in records:
+            for folder in adopt(path, data_dir, device):
+                typer.echo(folder)
 
 # %% ../nbs/90_cli.ipynb #c028b
 @app.command()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'CHOSEN', 'RECORDS', 'budget_of', 'make_config', 'config_hash', 'check_parameters', 'provenance',
-           'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker', 'status', 'Runs', 'title', 'attacks_of',
-           'attacked', 'first_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'of_best', 'Ledger',
-           'share_work', 'do_alone']
+           'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker', 'adopted', 'status', 'Runs', 'title',
+           'attacks_of', 'attacked', 'first_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'of_best',
+           'Ledger', 'share_work', 'do_alone']
 
 # %% ../nbs/80_runs.ipynb #c002
 import dataclasses
@@ -210,9 +210,16 @@ def worker(
     return process
 
 
+def adopted(
+    folder: Path,  # of a run
+) -> bool:
+    "Whether a run was measured elsewhere: there are records of it, and no weights."
+    return (folder / "config.json").exists() and "adopted" in read_json(folder / "config.json")
+
+
 def status(
     folder: Path,  # of a run
-) -> tuple[str, str]:  # "finished", "running", "failed", "trained", "interrupted" or "missing"; and how far it is
+) -> tuple[str, str]:  # "finished", "running", "failed", "trained", "adopted", "interrupted" or "missing"; and how far it is
     "What has become of a run."
     lines = folder / "metrics.jsonl"
     epochs = len(lines.read_text().splitlines()) if lines.exists() else 0
@@ -225,6 +232,8 @@ def status(
         return "failed", (folder / "error.txt").read_text().strip()
     if (folder / "trained.json").exists():
         return "trained", "not measured"
+    if adopted(folder):
+        return "adopted", "measured elsewhere"
     return ("interrupted", f"after {epochs} epochs") if (folder / "config.json").exists() else ("missing", "")
 
 # %% ../nbs/80_runs.ipynb #c025
@@ -400,6 +409,8 @@ class Ledger(Runs):
             return True
         if time_limit is not None and time_limit <= 0:
             return False
+        if adopted(self.folder(config)):
+            raise RuntimeError(f"{self.folder(config)} was measured elsewhere, its weights are not here: delete it to train this run here")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # `provenance` reports this run's peak
         first, processes = share()[0] == 0, share()[1]
@@ -436,6 +447,28 @@ class Ledger(Runs):
             for left_over in folder.glob("evaluation-*.json") if kind == "result" else ():
                 left_over.unlink()
         return record
+
+    def adopt(
+        self,
+        records: list[dict],  # made by `measure`, on another machine
+        kind: str = "result",  # one of `RECORDS`
+    ) -> list[Path]:  # the runs' folders
+        "Take in records of runs that are not here. A ValueError for a record of other settings than those of this package."
+        folders = []
+        for record in records:
+            config = record["config"]
+            same = {key: config.get(key) for key in ("dataset", "arch", *config["changes"])}
+            now = make_config(config["method"], config["preset"], config["seed"], self.device, **same)
+            if differing := [f"{key} is {config.get(key)!r}, here {now.get(key)!r}" for key in {**config, **now} if config.get(key) != now.get(key)]:
+                raise ValueError(f"a record of {title(config)} has other settings: {'; '.join(differing)}")
+            folder = self.folder(config)
+            if not (folder / "config.json").exists():
+                claim_folder(folder, dict(run=config, adopted=True))
+            if adopted(folder):
+                with replacing(folder / f"{one_of(kind, RECORDS, 'record')}.json") as part:
+                    part.write_text(json.dumps(record | dict(method=config["method"]), indent=1))
+                folders.append(folder)
+        return folders
 
     def run(
         self,

@@ -6,8 +6,9 @@
 __all__ = ['TABLES', 'KINDS', 'FEW', 'ROWS', 'LABELS', 'GEOMETRY', 'ANGLES', 'TEXTS', 'table_runs', 'grouped', 'interval',
            'over_seeds', 'tabulate', 'markdown', 'readable', 'published', 'made_with', 'corruption_rows',
            'geometry_rows', 'numbers', 'corruption_text', 'geometry_text', 'hull', 'front_gap', 'tradeoff_rows',
-           'tradeoff_text', 'save_result', 'save', 'Table', 'make_table', 'draw_training', 'draw_budget', 'draw_steps',
-           'draw_images', 'draw_corruptions', 'draw_angles', 'draw_features', 'draw_distances', 'draw_tradeoff']
+           'tradeoff_text', 'save_result', 'save', 'Table', 'make_table', 'adopt', 'draw_training', 'draw_budget',
+           'draw_steps', 'draw_images', 'draw_corruptions', 'draw_angles', 'draw_features', 'draw_distances',
+           'draw_tradeoff']
 
 # %% ../nbs/85_tables.ipynb #c002
 import json
@@ -23,9 +24,9 @@ import torch
 from .attacks import PGD
 from .baselines import METHODS
 from .corruptions import GROUPS
-from .data import one_of, replacing, to_float
+from .data import one_of, read_json, replacing, to_float
 from .evaluation import from_digits
-from .runs import Ledger, make_config, status
+from .runs import Ledger, adopted, make_config, status
 from .sanity import failed
 
 # %% ../nbs/85_tables.ipynb #c005
@@ -397,7 +398,7 @@ def make_table(
     ledger = Ledger(data_dir, device, quiet)
     found = ledger.run_all([config for _, config in runs], jobs, time_limit, kind)
     records = [record | dict(method=row) for (row, _), record in zip(runs, found) if record]
-    so_far = lambda config: f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(ledger.folder(config)))
+    so_far = lambda config: f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(ledger.folder(config))).strip()
     left = [f"{row}, seed {config['seed']}: {so_far(config)}" for (row, config), record in zip(runs, found) if record is None]
     usual = table_runs(number, runs[0][1]["preset"], device="cpu")
     first = runs[0][1]
@@ -412,6 +413,19 @@ def make_table(
         short = [{key: value for key, value in r.items() if key != "pictures"} for r in records]
         files = save(stem, {".json": json.dumps(short, indent=1), ".csv": over_seeds(rows(records)).to_csv(index=False), ".md": text(records) + "\n"})
     return Table(records, left, ledger, stem, files)
+
+
+def adopt(
+    path,  # such as data/results/table1.small.json
+    data_dir="data",
+    device="auto",
+) -> list[Path]:  # the runs' folders
+    "Put the records of a table that another machine made into the ledger: here, too, these runs then count as finished."
+    path = Path(path)
+    number = path.name.removeprefix("table").partition(".")[0]
+    if path.suffix != ".json" or number not in map(str, TABLES):
+        raise ValueError(f"{path} is not named as the records of a table are, such as table1.small.json")
+    return Ledger(data_dir, device, quiet=True).adopt(read_json(path), KINDS.get(int(number), "result"))
 
 # %% ../nbs/85_tables.ipynb #c018
 def _colours(records):
@@ -472,6 +486,7 @@ def draw_images(
 ):
     "Test images as they are and as PGD-20 leaves them for each method, with what is seen in them: a figure."
     config = records[0]["config"]
+    records = [r for r in records if not adopted(ledger.folder(r["config"]))]
     images = ledger.dataset(config)
     x = to_float(torch.from_numpy(images.x_test[:count])).to(ledger.device)
     y = torch.from_numpy(images.y_test[:count]).to(ledger.device)

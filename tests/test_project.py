@@ -143,3 +143,5 @@ def test_the_plans_for_all_numbers_can_be_carried_out():
                 assert word == "chosen"
     shown = subprocess.run([sys.executable, ROOT / ".ci/numbers", "small", "--show"], check=True, capture_output=True, text=True).stdout
     assert shown.splitlines()[:2] == ["table 1", "table 4"]
+    known = subprocess.run([sys.executable, ROOT / ".ci/numbers", "quick", "--show", "--adopt"], check=True, capture_output=True, text=True).stdout
+    assert known.splitlines()[:2] == ["adopt data/results/table1.quick.json", "adopt data/results/table4.quick.json"]
