@@ -111,11 +111,18 @@ def full_precision():
     places = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
     before = [place.fp32_precision for place in places]
     try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer setting, which is that of `places`, has been changed alone
+        older = None
+    try:
+        torch.set_float32_matmul_precision("highest")  # torch.compile reads the older one, and stops if the two disagree
         for place in places:
             place.fp32_precision = "ieee"
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
+        if older:
+            torch.set_float32_matmul_precision(older)
         for place, precision in zip(places, before):
             place.fp32_precision = precision
 
