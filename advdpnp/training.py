@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'AdvDPNP', 'one_cycle', 'drops', 'perturbed', 'save_checkpoint', 'load_state', 'claim_folder',
-           'check_finite', 'Branches', 'Trainer']
+           'check_finite', 'Branches', 'Update', 'Trainer']
 
 # %% ../nbs/50_training.ipynb #c002
 import dataclasses
@@ -156,9 +156,91 @@ class Branches(torch.nn.Module):
         "The loss of a batch, and its terms."
         return self.method.loss(self.net, x, x_adv, y)
 
+# %% ../nbs/50_training.ipynb #c031e
+class Update:
+    "The step of training: adversarial images, loss, gradients, SGD, and averaged weights if they are wanted."
+
+    def __init__(
+        self,
+        net,  # a `Classifier`; trained in place, on `device`
+        method,  # a dataclass with craft(net, x, y, generator) -> x_adv and loss(net, x, x_adv, y) -> (loss, terms)
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        awp: float = 0.0,  # gamma of adversarial weight perturbation; 0: none
+        ema: float = 0.0,  # decay of the averaged weights, such as 0.995; 0: none
+        precision: str = "float32",  # or "bf16": autocast
+        compile: bool = False,  # compile the backbone with torch.compile, which takes a minute and pays in long runs
+        seed: int = 0,
+        device="auto",
+    ):
+        one_of(precision, ["float32", "bf16"], "precision")
+        if not (0 <= awp < 1 and 0 <= ema < 1):
+            raise ValueError(f"awp is {awp} and ema is {ema}: expected 0, for none, to less than 1")
+        self.device, self.method, self.awp, self.seed, self.precision = pick_device(device), method, awp, seed, precision
+        self.net = share_batch_norms(net.to(self.device, memory_format=torch.channels_last))
+        self.optimizer = torch.optim.SGD(net.parameters(), momentum=momentum, weight_decay=weight_decay, fused=self.device.type == "cuda")
+        self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        if compile:
+            self.net.backbone.compile()
+        self.alone = Branches(self.net, method)
+        self.branches = DistributedDataParallel(self.alone, broadcast_buffers=False) if share()[1] > 1 else self.alone
+
+    def __call__(
+        self,
+        x,  # (B, C, H, W) in [0, 1]
+        y,  # (B,)
+        lr: float,
+        epoch: int = 0,  # with `batch`, what makes this step's randomness another than the last one's
+        batch: int = 0,
+    ) -> dict:  # "loss" and its terms, means over the processes: scalars on the device
+        "Change the network by one batch."
+        key = (self.seed, epoch, batch, 1)
+        seed_globally(self.device, seed_of(*key, share()[0]))  # what the network itself draws, such as dropout: other masks for other rows
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.net.train()
+        autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        with autocast():
+            x_adv = self.method.craft(self.net, x, y, after_earlier_rows(seeded(self.device, *key), x))
+
+        def loss_of(branches):
+            with autocast():
+                return branches(x, x_adv, y)
+
+        self.optimizer.zero_grad()
+        with perturbed(self.net, lambda: loss_of(self.alone)[0], self.awp) if self.awp else nullcontext():
+            loss, terms = loss_of(self.branches)
+            loss.backward()
+        self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.net)
+        return dict(zip(["loss", *terms], mean_over_processes([loss.detach(), *(term.detach() for term in terms.values())])))
+
+    @property
+    def judged(self):
+        "The network to be judged and kept: of averaged weights, if there are any."
+        return self.average.module if self.average else self.net
+
+    def state(self) -> dict:
+        "What it takes to go on."
+        return {"weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict() if self.average else None}
+
+    def restore(
+        self,
+        state: dict,  # from `state`
+    ):
+        "Go on from there."
+        self.net.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["average"]:
+            self.average.load_state_dict(state["average"])
+
 # %% ../nbs/50_training.ipynb #c033
 class Trainer:
     "Train `net` with `method`, choosing the best epoch on held-out training images."
+
+    _KEPT = "epoch", "batch", "seconds", "history", "best", "sums"  # in state.pt, with the state of `update`
 
     def __init__(
         self,
@@ -189,24 +271,15 @@ class Trainer:
         name: str | None = None,  # before the progress bar; None: the method's class
     ):
         one_of(schedule, SCHEDULES, "schedule")
-        one_of(precision, ["float32", "bf16"], "precision")
-        self.device = pick_device(device)
-        self.net, self.method = share_batch_norms(net.to(self.device, memory_format=torch.channels_last)), method
+        self.update = Update(net, method, momentum=momentum, weight_decay=weight_decay, awp=awp, ema=ema, precision=precision, compile=compile, seed=seed, device=device)
+        self.net, self.device = self.update.net, self.update.device
         held = hold_out(dataset, val_size) if stream is None else dataset
         padding = held.x_train.shape[1] // 8 if padding is None else padding
         self.loader = Stream(stream, self.device) if stream is not None else Loader(
             held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip, seed=seed, device=self.device, rows=my_rows(min(batch_size, len(held.x_train))))
         self.val_loader = Loader(held.x_test, held.y_test, 256, device=self.device)
         self.val_attack = val_attack or PGD(getattr(method, "eps", 8 / 255), steps=10)
-        self.optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=self.device.type == "cuda")
-        if not (0 <= awp < 1 and 0 <= ema < 1):
-            raise ValueError(f"awp is {awp} and ema is {ema}: expected 0, for none, to less than 1")
-        self.awp, self.average = awp, AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
-        if compile:
-            self.net.backbone.compile()
-        self.alone = Branches(self.net, method)
-        self.branches = DistributedDataParallel(self.alone, broadcast_buffers=False) if share()[1] > 1 else self.alone
-        self.epochs, self.lr, self.schedule, self.precision, self.seed = epochs, lr, schedule, precision, seed
+        self.epochs, self.lr, self.schedule, self.seed = epochs, lr, schedule, seed
         self.save_every, self.quiet, self.name = save_every, quiet, name or type(method).__name__
         self.epoch, self.batch, self.seconds = 0, 0, 0.0  # where we are
         self.sums, self.history, self.best, self._latest = {}, [], None, {}
@@ -229,12 +302,8 @@ class Trainer:
                 wait_for_all()
             if (self.folder / "state.pt").exists():
                 state = load_state(self.folder / "state.pt", self.device)
-                self.net.load_state_dict(state.pop("weights"))
-                self.optimizer.load_state_dict(state.pop("optimizer"))
-                average = state.pop("average")
-                if average:
-                    self.average.load_state_dict(average)
-                vars(self).update(state)
+                self.update.restore(state)
+                vars(self).update({name: state[name] for name in self._KEPT})
                 if self.best:
                     self.best["weights"] = {name: value.cpu() for name, value in self.best["weights"].items()}
 
@@ -258,7 +327,7 @@ class Trainer:
             for x, y in self.loader.epoch(self.epoch, start=self.batch):
                 if self._late(deadline):
                     break
-                self._step(x, y)
+                self.step(x, y)
                 bar.update()
                 if self.device.type == "cpu":  # a GPU would have to wait for a number to be read: it is looked at once an epoch
                     check_finite(self._latest, f"epoch {self.epoch + 1}, batch {self.batch}")
@@ -277,37 +346,23 @@ class Trainer:
     def _late(self, deadline):
         return deadline < float("inf") and as_the_first_says(time.monotonic() >= deadline)
 
-    def _step(self, x, y):
-        key = (self.seed, self.epoch, self.batch, 1)
-        seed_globally(self.device, seed_of(*key, share()[0]))  # what the network itself draws, such as dropout: other masks for other rows
+    def step(
+        self,
+        x,  # (B, C, H, W) in [0, 1]
+        y,  # (B,)
+    ) -> dict:  # "loss" and its terms, scalars on the device
+        "One update, with the learning rate and the randomness of where we are."
         rate = self.lr * SCHEDULES[self.schedule]((self.epoch + (self.batch + 0.5) / len(self.loader)) / self.epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.net.train()
-        autocast = lambda: torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        with autocast():
-            x_adv = self.method.craft(self.net, x, y, after_earlier_rows(seeded(self.device, *key), x))
-
-        def loss_here(branches):
-            with autocast():
-                return branches(x, x_adv, y)
-
-        self.optimizer.zero_grad()
-        with perturbed(self.net, lambda: loss_here(self.alone)[0], self.awp) if self.awp else nullcontext():
-            loss, terms = loss_here(self.branches)
-            loss.backward()
-        self.optimizer.step()
-        if self.average:
-            self.average.update_parameters(self.net)
-        self._latest = dict(zip(["loss", *terms], mean_over_processes([loss.detach(), *(term.detach() for term in terms.values())])))
+        self._latest = self.update(x, y, rate, self.epoch, self.batch)
         for name, value in self._latest.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.batch += 1
+        return self._latest
 
     def _end_epoch(self):
         self._check_all()
-        right = correct(self._judged, self.val_loader)
-        standing = standing_after(self._judged, self.val_loader, self.val_attack, right, quiet=True)
+        right = correct(self.update.judged, self.val_loader)
+        standing = standing_after(self.update.judged, self.val_loader, self.val_attack, right, quiet=True)
         clean, robust = (100 * verdicts.double().mean().item() for verdicts in (right, standing))
         self.seconds += time.monotonic() - self._began
         means = {name: float(value) / len(self.loader) for name, value in self.sums.items()}
@@ -318,10 +373,6 @@ class Trainer:
             self.best = {"epoch": line["epoch"], "clean": clean, "robust": robust, "weights": self.weights("last")}
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         self._save({which: self.weights(which) for which in ("last", "best")})
-
-    @property
-    def _judged(self):
-        return self.average.module if self.average else self.net
 
     def _check_all(self):
         check_finite(self._latest, f"epoch {self.epoch + 1}, batch {self.batch}", self.net.state_dict().values())
@@ -336,11 +387,8 @@ class Trainer:
 
     def _save(self, weights):
         if self.folder and share()[0] == 0:
-            names = ("epoch", "batch", "seconds", "history", "best")
-            state = {name: getattr(self, name) for name in names} | {"sums": {name: float(value) for name, value in self.sums.items()}}
-            state |= {"weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
-                      "average": self.average.state_dict() if self.average else None}
-            save_checkpoint(self.folder, state, weights, self.history)
+            where = {name: getattr(self, name) for name in self._KEPT} | {"sums": {name: float(value) for name, value in self.sums.items()}}
+            save_checkpoint(self.folder, where | self.update.state(), weights, self.history)
 
     def _terms(self, means=None):
         means = means or {name: float(value) / self.batch for name, value in self.sums.items()}
@@ -354,4 +402,4 @@ class Trainer:
         one_of(which, ["best", "last"], "checkpoint")
         if which == "best" and self.best is not None:
             return self.best["weights"]
-        return {name: value.detach().cpu().clone() for name, value in self._judged.state_dict().items()}
+        return {name: value.detach().cpu().clone() for name, value in self.update.judged.state_dict().items()}

@@ -41,8 +41,7 @@ def trained(method, backbone, awp):
     trainer = Trainer(net, loss, digits, epochs=1, batch_size=64, padding=1, val_size=200, lr=0.05, awp=float(awp), device="cpu", quiet=True)
     lines = []
     for _, (x, y) in zip(range(10), trainer.loader.epoch(0)):
-        trainer._step(x, y)
-        lines.append({name: value.item() for name, value in trainer._latest.items()})
+        lines.append({name: value.item() for name, value in trainer.step(x, y).items()})
     return lines
 
 
@@ -153,11 +152,11 @@ def test_a_gpu_never_waits_inside_an_epoch(digits):
     net = make_net("Adv-DPNP", "cifar_resnet8", 10, digits.mean, digits.std)
     trainer = Trainer(net, AdvDPNP(0.2, 3), digits, epochs=1, batch_size=64, precision="bf16", device="cuda", quiet=True)
     batches = list(trainer.loader.epoch(0))
-    trainer._step(*batches[0])  # folding looks once whether it may
+    trainer.step(*batches[0])  # folding looks once whether it may
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x, y in batches[1:6]:
-            trainer._step(x, y)
+            trainer.step(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -170,8 +169,7 @@ def test_a_compiled_network_trains_like_the_plain_one(digits):
         trainer = Trainer(net, AdvDPNP(0.2, 1), digits, epochs=1, batch_size=64, compile=compiled, device="cpu", quiet=True)
         lines = []
         for _, (x, y) in zip(range(3), trainer.loader.epoch(0)):
-            trainer._step(x, y)
-            lines.append(trainer._latest["loss"].item())
+            lines.append(trainer.step(x, y)["loss"].item())
         losses.append(lines)
         assert all("_orig_mod" not in name for name in net.state_dict())
     np.testing.assert_allclose(*losses, atol=1e-5)

@@ -130,7 +130,7 @@ def test_time_limit_and_exact_resume_in_the_middle_of_an_epoch(digits, tmp_path)
     through = trainer(digits)
     through.fit()
     stopped = trainer(digits, tmp_path, save_every=0.0)
-    stopped.method = Clock(13)
+    stopped.update.method = Clock(13)
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
     resumed = trainer(digits, tmp_path)
@@ -298,7 +298,7 @@ def test_averaged_weights_are_the_running_mean():
     torch.manual_seed(0)
     net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
     trainer = Trainer(net, Standard(), digits, epochs=1, batch_size=256, padding=0, val_size=200, ema=0.7, val_attack=PGD(0.2, steps=1), quiet=True, device="cpu")
-    trainer.optimizer.register_step_post_hook(lambda *_: seen.append(net.head.weight.detach().clone()))
+    trainer.update.optimizer.register_step_post_hook(lambda *_: seen.append(net.head.weight.detach().clone()))
     trainer.fit()
     mean = seen[0]
     for weight in seen[1:]:
