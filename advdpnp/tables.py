@@ -257,15 +257,15 @@ def geometry_text(records):
 # %% ../nbs/85_tables.ipynb #c013d
 def hull(
     points: np.ndarray,  # (P, 2): clean and worst-case accuracy of some networks
-) -> np.ndarray:  # (V, 2), by rising clean and falling worst-case accuracy
+) -> np.ndarray:  # (V,), which of them, by rising clean and falling worst-case accuracy
     "The front of some networks: what tossing a coin between two of them can reach."
     kept = []
-    for x, y in points[np.lexsort(points.T[::-1])]:
-        while len(kept) > 1 and (kept[-1][0] - kept[-2][0]) * (y - kept[-2][1]) >= (kept[-1][1] - kept[-2][1]) * (x - kept[-2][0]):
+    for new in np.lexsort(points.T[::-1]):
+        while len(kept) > 1 and np.linalg.det(points[[kept[-1], new]] - points[kept[-2]]) >= 0:
             kept.pop()  # under the line from the one before it to the new one
-        kept.append((x, y))
-    kept = np.array(kept)
-    return kept[np.flatnonzero(kept[:, 1] == kept[:, 1].max())[-1] :]
+        kept.append(new)
+    heights = points[kept, 1]
+    return np.array(kept)[np.flatnonzero(heights == heights.max())[-1] :]
 
 
 def front_gap(
@@ -274,15 +274,23 @@ def front_gap(
     resamples: int = 1000,
 ) -> dict:  # points, low, high: in per cent, with a 95% interval; over: the least and largest clean accuracy
     "How far the front of a method lies above another's, on average over the clean accuracies that both reach."
-    images = a.shape[2]
-    fronts = lambda weights: [hull(100 * (x @ weights).T) for x in (a, b)]
-    first = fronts(np.full(images, 1 / images))
-    top = min(front[-1, 0] for front in first)
-    levels = np.linspace(min(top, *(front[0, 0] for front in first)), top, 21)
-    gap = lambda pair: np.subtract(*(np.interp(levels, *front.T).mean() for front in pair))
-    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), resamples) / images
-    low, high = np.percentile([gap(fronts(weights)) for weights in draws], [2.5, 97.5])
-    return dict(points=gap(first), low=low, high=high, over=(levels[0], levels[-1]))
+    images, random = a.shape[2], np.random.default_rng(0)
+    half = np.isin(np.arange(images), random.permutation(images)[: images // 2])
+
+    def compared(weights, chosen, measured):
+        "Gap, least and largest clean accuracy: networks chosen on some images and measured on others."
+        where = lambda x, part: 100 * (x[..., part] @ weights[part]).T / weights[part].sum()
+        fronts = [where(x, measured)[hull(where(x, chosen))] for x in (a, b)]
+        fronts = [front[np.argsort(front[:, 0])] for front in fronts]
+        top = min(front[-1, 0] for front in fronts)
+        levels = np.linspace(min(top, *(front[0, 0] for front in fronts)), top, 21)
+        return np.subtract(*(np.interp(levels, *front.T).mean() for front in fronts)), levels[0], top
+
+    both = lambda weights: np.mean([compared(weights, half, ~half), compared(weights, ~half, half)], axis=0)
+    points, least, largest = both(np.ones(images))
+    draws = random.multinomial(images, np.full(images, 1 / images), resamples)
+    low, high = np.percentile([both(weights)[0] for weights in draws], [2.5, 97.5])
+    return dict(points=points, low=low, high=high, over=(least, largest))
 
 # %% ../nbs/85_tables.ipynb #c013f
 def _by_method(records):
@@ -575,7 +583,7 @@ def draw_tradeoff(records):
         points, firsts = rows[["clean", "worst"]].to_numpy(), [seeds[0] for seeds in grouped(runs).values()]
         reach = np.abs([[[r[which][end] - r[which]["accuracy"] for r in firsts] for end in ("low", "high")] for which in ("clean", "worst")])
         ax.errorbar(*points.T, xerr=reach[0], yerr=reach[1], fmt="o", ms=4, lw=0.5, color=colour, alpha=0.6)
-        ax.plot(*hull(points).T, color=colour, lw=2, marker="o", ms=6, label=method)
+        ax.plot(*points[hull(points)].T, color=colour, lw=2, marker="o", ms=6, label=method)
         for row, point in zip(rows["method"], points):
             ax.annotate(row.removeprefix(method).lstrip(), point, xytext=(4, 3), textcoords="offset points", fontsize=6, color=colour)
     ax.set(xlabel="clean accuracy (%)", ylabel="worst-case accuracy (%)")
