@@ -105,24 +105,34 @@ def untouched(
                 parameter.requires_grad_(flag)
 
 # %% ../nbs/40_attacks.ipynb #c011a3
+# The older names of two of the settings below: torch.compile and models read them, and PyTorch stops them if the two disagree.
+_OLDER = (
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    (lambda: torch.backends.cudnn.allow_tf32, lambda on: setattr(torch.backends.cudnn, "allow_tf32", on), False),
+)
+
+
 @contextmanager
 def full_precision():
     "Inside, matrix products and convolutions are true float32 on every device."
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
-    before = [place.fp32_precision for place in places]
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    before, older = [place.fp32_precision for place in places], []
+    for read, _, _ in _OLDER:
+        try:
+            older.append(read())
+        except RuntimeError:  # the newer setting has been changed alone
+            older.append(None)
     try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer setting, which is that of `places`, has been changed alone
-        older = None
-    try:
-        torch.set_float32_matmul_precision("highest")  # torch.compile reads the older one, and stops if the two disagree
+        for _, write, true_float32 in _OLDER:
+            write(true_float32)
         for place in places:
             place.fp32_precision = "ieee"
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        if older:
-            torch.set_float32_matmul_precision(older)
+        for (_, write, _), value in zip(_OLDER, older):
+            if value is not None:
+                write(value)
         for place, precision in zip(places, before):
             place.fp32_precision = precision
 

@@ -413,7 +413,7 @@ class Square(Search):
 # %% ../nbs/45_autoattack.ipynb #c033
 @dataclass(frozen=True)
 class AutoAttack(Search):
-    "The standard cascade: APGD-CE, APGD-T, FAB-T, Square (Croce & Hein, ICML 2020)."
+    "The standard cascade: APGD-CE, APGD-T, FAB-T, Square (Croce & Hein, ICML 2020). Called, it takes its images as one batch; `evaluate` goes through a data set."
 
     steps: int = 100  # of APGD and FAB
     targets: int = 9  # of APGD-T and FAB-T

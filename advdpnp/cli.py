@@ -74,9 +74,11 @@ def parse_settings(
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"setting {text!r}: expected key=value, such as lr=0.05")
+        if key in ("method", "preset", "seed", "device"):
+            raise ValueError(f"setting {text!r}: {key} has a place of its own in the command, see --help")
         try:
-            settings[key] = json.loads(value)
-        except ValueError:
+            settings[key] = parse_eps(value) if key == "eps" else json.loads(value)
+        except json.JSONDecodeError:
             settings[key] = value
     return settings
 
@@ -154,7 +156,7 @@ def evaluate(
             raise ValueError("--norm l2 needs --eps, such as 0.5: budgets of linf mean nothing there")
         usual = budget_of(data.name) | config  # a run knows its own; averaged images have another name
         budget = parse_eps(eps) if eps else usual["eps"]
-        step_size = None if eps or norm == "l2" else usual["eval_step_size"]
+        step_size = usual["eval_step_size"] if (norm, budget) == ("linf", usual["eps"]) else None
         chosen = standard_attacks(budget, one_of(norm, ["linf", "l2"], "norm"), isinstance(net, PrototypeNet), step_size)
         if attacks:
             names = [one_of(name.strip(), [a.name for a in chosen], "attack") for name in attacks.split(",")]

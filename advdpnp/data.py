@@ -41,6 +41,8 @@ def one_of(
     options = list(options)
     if value in options:
         return value
+    if not options:
+        raise ValueError(f"unknown {what} {value!r}: there are none")
     lower = {str(option).lower(): str(option) for option in options}
     near = lower[difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0)[0]]
     there_are = f" There are: {', '.join(map(str, options))}" if len(options) <= 40 else ""
@@ -421,11 +423,16 @@ class Stream:
         self,
         batches,  # has a length; each iteration gives an epoch of images (B, C, H, W), uint8 or floats in [0, 1], and labels (B,)
         device="cpu",
+        seed: int | None = None,  # of what `batches` draws from PyTorch's own generator, batch by batch; None: that is left alone
     ):
-        self.batches, self.device = batches, device
+        self.batches, self.device, self.seed = batches, device, seed
 
     def __len__(self):
         return len(self.batches)
+
+    def _seed(self, *where):
+        if self.seed is not None:
+            seed_globally(torch.device(self.device), seed_of(self.seed, *where, 3))
 
     def epoch(
         self,
@@ -434,7 +441,11 @@ class Stream:
     ):
         "Yield the batches of one epoch."
         getattr(getattr(self.batches, "sampler", None), "set_epoch", lambda _: None)(epoch)
-        for i, (x, y) in enumerate(self.batches):
+        self._seed(epoch)
+        batches = iter(self.batches)
+        for i in range(len(self)):
+            self._seed(epoch, i)
+            x, y = next(batches)
             if i == start and (x.ndim != 4 or (x.is_floating_point() and not 0 <= x.min() <= x.max() <= 1)):
                 raise ValueError(f"a batch of the stream is {x.dtype} {tuple(x.shape)} from {x.min():.4g} to {x.max():.4g}, "
                                  "expected (B, C, H, W), uint8 or floats in [0, 1]: normalise inside the model")
@@ -456,6 +467,8 @@ def pick_device(
     device = torch.device(("cuda" if available else "cpu") if device == "auto" else device)
     if device.type == "cuda" and not available:
         raise RuntimeError(f"device is {str(device)!r} but this PyTorch ({torch.__version__}) sees no GPU: expected 'cpu' or 'auto'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(f"device is {str(device)!r} but there are {torch.cuda.device_count()} GPUs here, from cuda:0")
     return device
 
 

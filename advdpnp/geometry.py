@@ -8,6 +8,7 @@ __all__ = ['cosines', 'pairs', 'simplex_deviation', 'angles', 'discriminability'
 # %% ../nbs/70_geometry.ipynb #c002
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 from sklearn.metrics import davies_bouldin_score, silhouette_samples
 from torch import nn
 
@@ -59,11 +60,11 @@ def discriminability(
     place = np.searchsorted(classes, y)
     by_class = lambda values: np.bincount(place, weights=values) / counts
     means = np.stack([f[place == k].mean(0) for k in range(len(classes))])
-    distances = np.linalg.norm(f[:, None] - means, axis=2)
+    distances = cdist(f, means)
     own = distances[np.arange(len(y)), place]
     others = np.where(np.arange(len(classes)) == place[:, None], np.inf, distances)
     cosine = (f * means[place]).sum(1) / np.maximum(np.linalg.norm(f, axis=1) * np.linalg.norm(means, axis=1)[place], 1e-12)
-    spread, apart = by_class(own), np.linalg.norm(means[:, None] - means, axis=2)
+    spread, apart = by_class(own), cdist(means, means)
     within, between = by_class(own**2).mean(), ((means - means.mean(0)) ** 2).sum(1).mean()
     left_out = own * (counts / (counts - 1))[place]  # from the mean of the others of its class
     degrees = np.degrees(np.arccos(cosine.clip(-1, 1)))
@@ -73,7 +74,7 @@ def discriminability(
                  davies_bouldin=davies_bouldin_score(f, y) if pairs(apart).min() > 0 else np.inf)
     if prototypes is not None:
         c = prototypes.detach().double().cpu().numpy()
-        distances = np.linalg.norm(f[:, None] - c, axis=2)
+        distances = cdist(f, c)
         others = np.where(np.arange(len(c)) == y[:, None], np.inf, distances)
         per_class |= dict(to_own_prototype=by_class(distances[np.arange(len(y)), y]), to_nearest_prototype=by_class(others.min(1)),
                           nearest_prototype=100 * by_class(distances.argmin(1) == y))

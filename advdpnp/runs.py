@@ -20,6 +20,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from .attacks import PGD, correct, standing_after
 from .baselines import CLEAN_METHODS, METHODS, PROTOTYPE_METHODS, make_net, split_name
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, cores, has_fast_bf16, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
-from .evaluation import Resume, accuracy, evaluate, standard_attacks, to_digits
+from .evaluation import OtherEvaluation, Resume, accuracy, evaluate, standard_attacks, to_digits
 from .geometry import geometry
 from .parallel import share
 from .training import Trainer, claim_folder
@@ -74,6 +75,16 @@ CHOSEN = {  # on held-out training images, the same number of trials a method: s
 }
 
 # %% ../nbs/80_runs.ipynb #c008
+def _fits(key, value, usual):
+    "Whether a setting is of the kind of its usual value: a whole number, a number, a word, a yes or no."
+    if value is None:
+        return any(values.get(key, ...) is None for values in (*PRESETS.values(), budget_of("digits")))
+    if key == "norm":
+        return value == "auto" or type(value) in (int, float)
+    kinds = {int: (int,), float: (int, float), type(None): (int, float)}
+    return type(value) in kinds.get(type(usual), (type(usual),))
+
+
 def make_config(
     method: str,  # one of `METHODS`, with +AWP or +EMA behind it if wanted
     preset: str = "auto",  # one of `PRESETS`; "auto": "paper" with a GPU, "quick" without
@@ -89,11 +100,13 @@ def make_config(
     if name in PROTOTYPE_METHODS:
         fields["norm"] = "auto"
     config = fields | PRESETS[preset]
-    config |= budget_of(changes.get("dataset", config["dataset"])) | CHOSEN.get(preset, {}).get(name, {}) | extras
+    config |= CHOSEN.get(preset, {}).get(name, {}) | budget_of(changes.get("dataset", config["dataset"])) | extras
     if not has_fast_bf16(device):
         config["precision"] = "float32"
-    for key in changes:
-        one_of(key, config, "parameter")
+    for key, value in changes.items():
+        usual = config[one_of(key, config, "parameter")]
+        if not _fits(key, value, usual):
+            raise ValueError(f"{key} is {value!r}: expected something like {usual!r}")
     changes = {key: value for key, value in changes.items() if value != config[key]}
     config |= changes
     return dict(method=method, preset=preset, seed=seed, **config, changes=sorted({*changes} - {"dataset", "arch"}))
@@ -126,6 +139,7 @@ def provenance(device):
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return dict(version=advdpnp.__version__, commit=commit, versions=versions, cuda=torch.version.cuda,
                 device=torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1),
+                tf32=gpu and torch.backends.cudnn.conv.fp32_precision == "tf32",  # what a GPU's convolutions in float32 are really in, outside evaluation
                 peak_memory_bytes=torch.cuda.max_memory_allocated(device) if gpu else None)
 
 # %% ../nbs/80_runs.ipynb #c017
@@ -205,6 +219,8 @@ def worker(
     try:
         process = int((folder / "running").read_text())
         os.kill(process, 0)  # does not kill: asks whether it lives
+    except PermissionError:
+        return process  # it does, and is another user's
     except (OSError, ValueError):
         return None
     return process
@@ -254,6 +270,13 @@ class Runs:
         changed = "".join(f",{key}={config[key]}" for key in config["changes"])
         return self.data_dir / "runs" / config["dataset"] / (name + changed)
 
+    def settled(self, config):
+        "The configuration as the run has it: precision, unless it was asked for, is what was fast on the machine that began it."
+        path = self.folder(config) / "config.json"
+        if "precision" in config["changes"] or not path.exists():
+            return config
+        return config | dict(precision=read_json(path).get("run", config)["precision"])
+
     def dataset(self, config):
         "The images of a run, read once."
         key = name, side, images = tuple(config[key] for key in ("dataset", "side", "train_images"))
@@ -276,6 +299,7 @@ class Runs:
 
     def trainer(self, config):
         "The trainer of a run, where it stopped."
+        config = self.settled(config)
         cls = METHODS[split_name(config["method"])[0]]
         method = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
         keys = ("epochs", "batch_size", "lr", "weight_decay", "awp", "ema", "schedule", "padding", "precision", "val_size", "seed")
@@ -300,7 +324,7 @@ class Runs:
         path = self.folder(config) / f"{one_of(kind, RECORDS, 'record')}.json"
         if not path.exists():
             return None
-        claim_folder(path.parent, read_json(path.parent / "config.json") | {"run": config})
+        claim_folder(path.parent, read_json(path.parent / "config.json") | {"run": self.settled(config)})
         record, best = read_json(path), path.with_name("best.safetensors")
         if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
             raise ValueError(f"{path} is of another checkpoint than {best} (its sha256 differs): delete it to measure again")
@@ -341,14 +365,19 @@ def attacked(runs, config, deadline):
     record = dict(epochs=trainer.epoch, training_seconds=round(trainer.seconds, 2), history=trainer.history,
                   selection=f"best of {trainer.epoch} epochs by {trainer.criterion} accuracy on {config['val_size']} held-out training images")
     for which in ("best", "last"):
+        resume = folder / f"result-{which}.json"
         if which == "last" and runs.sha256(config, "last") == runs.sha256(config, "best"):
             record["last"] = record["best"]  # the last epoch was the best: measured already
             continue
         limit = which == "last" and config["last_autoattack_images"] or config["autoattack_images"]  # test images for AutoAttack
-        found = evaluate(runs.model(config, which), dataset, attacks_of(config), images=config["test_images"],
-                         limits={"autoattack": limit or len(dataset.x_test)}, check_images=config["check_images"],
-                         twin=runs.twin(config), resume=folder / f"evaluation-{which}.json", deadline=deadline, quiet=runs.quiet,
-                         title=f"{title(config)} {which}")
+        measure = partial(evaluate, runs.model(config, which), dataset, attacks_of(config), images=config["test_images"],
+                          limits={"autoattack": limit or len(dataset.x_test)}, check_images=config["check_images"],
+                          twin=runs.twin(config), resume=resume, deadline=deadline, quiet=runs.quiet, title=f"{title(config)} {which}")
+        try:
+            found = measure()
+        except OtherEvaluation:  # begun on a machine that rounds otherwise
+            resume.unlink()
+            found = measure()
         record[which] = dict(epoch=trainer.best["epoch"] if which == "best" else trainer.epoch, sha256=runs.sha256(config, which), **found)
     return record | dict(trained_with=read_json(folder / "trained.json"))
 
@@ -360,7 +389,7 @@ def first_images(runs, config):
 
 
 def under_corruptions(runs, config, deadline):
-    "Accuracy under common corruptions."
+    "Accuracy under common corruptions; interrupted, it begins anew, a minute's work on a GPU."
     return corruption_accuracy(runs.model(config), runs.corrupted(config), config["side"], quiet=runs.quiet, title=title(config), deadline=deadline)
 
 
@@ -371,10 +400,11 @@ def shape_of_features(runs, config, deadline):
 
 def tradeoff(runs, config, deadline):
     "Clean accuracy, and the worst case over PGD-20, C&W and the attack on prototypes, image by image, on `first_images`."
-    net, images, kept = runs.model(config), first_images(runs, config), Resume(None, {}, deadline)
+    net, images = runs.model(config), first_images(runs, config)
+    kept = Resume(runs.folder(config) / "tradeoff-best.json", dict(sha256=runs.sha256(config)), deadline)
     clean = worst = correct(net, images)
     for attack in attacks_of(config)[1:-1]:  # without FGSM, and AutoAttack, which takes ten times as long as the others
-        worst = standing_after(net, images, attack, worst, quiet=runs.quiet, title=title(config), keep=kept.keeper(attack.name))
+        worst = standing_after(net, images, attack, worst, 0, runs.quiet, title(config), kept.begin(attack.name), kept.keeper(attack.name))
     return dict(n=len(clean), clean=accuracy(clean), worst=accuracy(worst), verdicts=dict(clean=to_digits(clean), worst=to_digits(worst)))
 
 
@@ -391,6 +421,13 @@ def of_best(found):
 RECORDS = {"result": attacked, "corruptions": of_best(under_corruptions), "geometry": of_best(shape_of_features), "tradeoff": of_best(tradeoff)}
 
 # %% ../nbs/80_runs.ipynb #c025h
+def _forget_peak(device):
+    "From here on, `provenance` reports the peak memory anew."
+    if device.type == "cuda":
+        torch.cuda.init()  # in a worker this may be the first that is asked of the GPU
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _left(deadline):
     "Seconds until a `time.time()`; None stays None."
     return None if deadline is None else max(0.0, deadline - time.time())
@@ -411,8 +448,7 @@ class Ledger(Runs):
             return False
         if adopted(self.folder(config)):
             raise RuntimeError(f"{self.folder(config)} was measured elsewhere, its weights are not here: delete it to train this run here")
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # `provenance` reports this run's peak
+        _forget_peak(self.device)
         first, processes = share()[0] == 0, share()[1]
         with one_thread(self.device):
             trainer = self.trainer(config)  # a configuration that cannot be leaves no folder behind
@@ -433,8 +469,8 @@ class Ledger(Runs):
         "A record of a trained run: read if it is there, otherwise made."
         record, folder = self.result(config, kind), self.folder(config)
         if record is None and (time_limit is None or time_limit > 0):
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
+            _forget_peak(self.device)
+            config = self.settled(config)
             about = {key: config[key] for key in ("method", "dataset", "arch", "preset", "seed")} | dict(
                 config=config, config_hash=config_hash(config), data_sha256=self.dataset(config).sha256)
             try:
@@ -444,7 +480,7 @@ class Ledger(Runs):
                 return None
             with replacing(folder / f"{kind}.json") as part:
                 part.write_text(json.dumps(record, indent=1))
-            for left_over in folder.glob("evaluation-*.json") if kind == "result" else ():
+            for left_over in folder.glob(f"{kind}-*.json"):
                 left_over.unlink()
         return record
 
@@ -459,6 +495,7 @@ class Ledger(Runs):
             config = record["config"]
             same = {key: config.get(key) for key in ("dataset", "arch", *config["changes"])}
             now = make_config(config["method"], config["preset"], config["seed"], self.device, **same)
+            now |= {} if "precision" in config["changes"] else dict(precision=config["precision"])  # that of the machine
             if differing := [f"{key} is {config.get(key)!r}, here {now.get(key)!r}" for key in {**config, **now} if config.get(key) != now.get(key)]:
                 raise ValueError(f"a record of {title(config)} has other settings: {'; '.join(differing)}")
             folder = self.folder(config)
@@ -488,16 +525,19 @@ class Ledger(Runs):
         time_limit: float | None = None,  # seconds for all of them together
         kind: str = "result",  # one of `RECORDS`
     ) -> list[dict | None]:  # their records in order; None where time ran out
-        "Records of several runs. What is missing is trained, then measured, side by side, the longest first."
+        "Records of several runs. What is missing is trained, then measured, side by side, the longest first. If some fail, the first error is raised when the others are done."
         deadline = None if time_limit is None else time.time() + time_limit
-        missing = [*{self.folder(config): config for config in configs if self.result(config, kind) is None}.values()]
+        missing = [*{self.folder(config): config for config in configs if self.result(config, kind) is None and not adopted(self.folder(config))}.values()]
         missing.sort(key=lambda config: split_name(config["method"])[0] in CLEAN_METHODS)
         for config in missing:
             self.corrupted(config) if kind == "corruptions" else self.dataset(config)  # downloaded or made once, and not by every worker
         if jobs == "auto":
             jobs = 1 if self.device.type == "cuda" else cores()
+        errors = []
         for step in ("train", kind):  # measured when all are trained: a run's undefended twin may be among them
-            share_work(self, step, [config for config in missing if self.trained(config) == (step == kind)], jobs, deadline)
+            errors += share_work(self, step, [config for config in missing if self.trained(config) == (step == kind)], jobs, deadline)
+        if errors:
+            raise errors[0]
         return [self.result(config, kind) for config in configs]
 
 # %% ../nbs/80_runs.ipynb #c029
@@ -507,13 +547,17 @@ def share_work(
     configs: list[dict],
     jobs: int,  # at once
     deadline: float | None,  # a `time.time()`
-):
-    "Do a step of several runs, in workers; the first error is raised when all are done."
+) -> list[Exception]:  # the errors of those that failed
+    "Do a step of several runs, in workers."
     where = ledger.data_dir, ledger.device, ledger.quiet
+    errors = []
     if not configs or ledger.device.type == "cpu" and min(jobs, len(configs)) == 1:  # a GPU's worker also keeps this process free of it
         for config in configs:
-            do_alone(*where, step, config, deadline)
-        return
+            try:
+                do_alone(*where, step, config, deadline)
+            except Exception as error:
+                errors.append(error)
+        return errors
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(configs)), context, initializer=_become_worker, initargs=(os.getpid(),)) as pool:
         work = [pool.submit(do_alone, *where, step, config, deadline) for config in configs]
@@ -523,8 +567,7 @@ def share_work(
             for process in list(pool._processes.values()):
                 process.terminate()  # each goes on next time from the state it saved last
             raise
-    if errors:
-        raise errors[0]
+    return errors
 
 
 def do_alone(data_dir, device, quiet, step, config, deadline):

@@ -190,7 +190,8 @@ ANGLES = dict(mean="mean angle (°)", smallest="smallest (°)", simplex_deviatio
 
 def made_with(record):
     "The precision of a record's training and its device, for the line below a table."
-    return f"trained in {record['config']['precision']}; {record['device']}"
+    rounded = record["config"]["precision"] == "float32" and record.get("trained_with", record).get("tf32")
+    return f"trained in {record['config']['precision']}{' (convolutions in TF32)' if rounded else ''}; {record['device']}"
 
 
 def corruption_rows(
@@ -389,30 +390,43 @@ class Table:
         figure.savefig(self.files[-1], dpi=120)
 
 
+def _so_far(ledger, config, kind):
+    "What there is of a run that a table lacks."
+    folder = ledger.folder(config)
+    if adopted(folder):
+        return f"measured elsewhere, without this; its weights are not here: delete {folder} to train it here"
+    return f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(folder)).strip()
+
+
 def make_table(
     number: int,  # one of `TABLES`
     preset: str = "auto",
     dataset: str = "",  # empty: the table's own; with the preset quick, the digits
     methods: str = "",  # see `table_runs`
-    seeds: str = "auto",
+    seeds: str = "auto",  # see `table_runs`; auto: and what is there of seeds 1 and 2
     time_limit: float | None = None,  # seconds; None: until all is done
     device="auto",
     data_dir="data",
     jobs: int | str = "auto",  # runs side by side
     quiet: bool = False,  # no progress bars
 ) -> Table:
-    "Train and measure what a table lacks, and write it."
+    "Train and measure what a table lacks, and write it. If runs fail, the error is raised when the others are in the table."
     runs, kind = table_runs(number, preset, dataset, methods, seeds, device), KINDS.get(number, "result")
-    ledger = Ledger(data_dir, device, quiet)
-    found = ledger.run_all([config for _, config in runs], jobs, time_limit, kind)
-    records = [record | dict(method=row) for (row, _), record in zip(runs, found) if record]
-    so_far = lambda config: f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(ledger.folder(config))).strip()
-    left = [f"{row}, seed {config['seed']}: {so_far(config)}" for (row, config), record in zip(runs, found) if record is None]
-    usual = table_runs(number, runs[0][1]["preset"], device="cpu")
-    first = runs[0][1]
-    name = [f"table{number}", first["preset"]] + [first["dataset"]] * (first["dataset"] != usual[0][1]["dataset"])
+    ledger, first, failure = Ledger(data_dir, device, quiet), runs[0][1], None
+    try:
+        ledger.run_all([config for _, config in runs], jobs, time_limit, kind)
+    except Exception as error:  # of some of the runs: the table shows the others first
+        failure = error
+    done = lambda runs: [(row, config) for row, config in runs if ledger.result(config, kind)]
     cells = lambda runs: {(row, config["seed"]) for row, config in runs}
-    name += ["partial"] * (bool(left) or not cells(usual) <= cells(runs))
+    if str(seeds) == "auto":
+        runs += [run for run in done(table_runs(number, preset, dataset, methods, "1, 2", device)) if not cells([run]) & cells(runs)]
+    records = [ledger.result(config, kind) | dict(method=row) for row, config in done(runs)]
+    left = [f"{row}, seed {config['seed']}: {_so_far(ledger, config, kind)}" for row, config in runs if ledger.result(config, kind) is None]
+    usual = table_runs(number, first["preset"], device="cpu")
+    wanted = cells(usual) | cells(done(table_runs(number, first["preset"], dataset, seeds="0, 1, 2", device=device)))
+    name = [f"table{number}", first["preset"]] + [first["dataset"]] * (first["dataset"] != usual[0][1]["dataset"])
+    name += ["partial"] * (bool(left) or not wanted <= cells(runs))
     stem, files = Path(data_dir) / "results" / ".".join(name), []
     if records and kind == "result":
         files = save_result(records, stem, data_dir, number != 6)
@@ -420,6 +434,8 @@ def make_table(
         rows, text = TEXTS[kind]
         short = [{key: value for key, value in r.items() if key != "pictures"} for r in records]
         files = save(stem, {".json": json.dumps(short, indent=1), ".csv": over_seeds(rows(records)).to_csv(index=False), ".md": text(records) + "\n"})
+    if failure:
+        raise failure
     return Table(records, left, ledger, stem, files)
 
 

@@ -271,11 +271,13 @@ class Trainer:
         name: str | None = None,  # before the progress bar; None: the method's class
     ):
         one_of(schedule, SCHEDULES, "schedule")
+        if not (epochs >= 1 and batch_size >= 1 and lr > 0):
+            raise ValueError(f"epochs is {epochs}, batch_size {batch_size} and lr {lr}: expected at least one epoch, one image, and a rate above 0")
         self.update = Update(net, method, momentum=momentum, weight_decay=weight_decay, awp=awp, ema=ema, precision=precision, compile=compile, seed=seed, device=device)
         self.net, self.device = self.update.net, self.update.device
         held = hold_out(dataset, val_size) if stream is None else dataset
         padding = held.x_train.shape[1] // 8 if padding is None else padding
-        self.loader = Stream(stream, self.device) if stream is not None else Loader(
+        self.loader = Stream(stream, self.device, seed) if stream is not None else Loader(
             held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip, seed=seed, device=self.device, rows=my_rows(min(batch_size, len(held.x_train))))
         self.val_loader = Loader(held.x_test, held.y_test, 256, device=self.device)
         self.val_attack = val_attack or PGD(getattr(method, "eps", 8 / 255), steps=10)
@@ -322,7 +324,6 @@ class Trainer:
     def _fit_epoch(self, deadline):
         self._began = self._saved = time.monotonic()
         title = f"{self.name} epoch {self.epoch + 1:>{len(str(self.epochs))}}/{self.epochs}"
-        seed_globally(self.device, seed_of(self.seed, self.epoch, 3))  # what a stream shuffles with
         with progress_bar(len(self.loader), title, self.batch, self.quiet) as bar:
             for x, y in self.loader.epoch(self.epoch, start=self.batch):
                 if self._late(deadline):
