@@ -36,7 +36,7 @@ def negative_repulsion(
 # %% ../nbs/30_losses.ipynb #c013
 def consistency(
     logits: torch.Tensor,  # (B, K) of clean images
-    adv_logits: torch.Tensor,  # (B, K) of their adversarial twins
+    adv_logits: torch.Tensor,  # (B, K) of their adversarial copies
 ) -> torch.Tensor:  # scalar >= 0, in nats
     "Kullback-Leibler divergence of the adversarial from the clean prediction, mean over the batch."
     return F.kl_div(F.log_softmax(adv_logits, 1), F.log_softmax(logits, 1), reduction="batchmean", log_target=True)
@@ -137,7 +137,7 @@ class AdvDPNPLoss(Supervised):
         self,
         head,  # a `PrototypeHead`
         features: torch.Tensor,  # (B, d) of clean images
-        adv_features: torch.Tensor,  # (B, d) of their adversarial twins
+        adv_features: torch.Tensor,  # (B, d) of their adversarial copies
         labels: torch.Tensor,  # (B,) int64
     ) -> tuple[torch.Tensor, dict]:  # the loss, and its unweighted terms
         "Both branches and the consistency between them."

@@ -100,7 +100,10 @@ def make_config(
     if name in PROTOTYPE_METHODS:
         fields["norm"] = "auto"
     config = fields | PRESETS[preset]
-    config |= CHOSEN.get(preset, {}).get(name, {}) | budget_of(changes.get("dataset", config["dataset"])) | extras
+    chosen = CHOSEN.get(preset, CHOSEN["small"]).get(name, {})
+    if preset not in CHOSEN:  # not searched yet: the loss that was chosen on other photographs, and the usual rate
+        chosen = {key: value for key, value in chosen.items() if key in fields}
+    config |= chosen | budget_of(changes.get("dataset", config["dataset"])) | extras
     if not has_fast_bf16(device):
         config["precision"] = "float32"
     for key, value in changes.items():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'AdvDPNP', 'one_cycle', 'drops', 'perturbed', 'save_checkpoint', 'load_state', 'claim_folder',
-           'check_finite', 'Branches', 'Update', 'Trainer']
+           'check_finite', 'Branches', 'Update']
 
 # %% ../nbs/50_training.ipynb #c002
 import dataclasses
@@ -37,7 +37,7 @@ class AdvDPNP(AdvDPNPLoss):
     shared_batch: bool = False  # one pass for both branches: adversarial images then reach the prototypes through batch-norm
 
     def craft(self, net, x, y, generator):
-        "The adversarial twins of a batch."
+        "The adversarial images of a batch."
         return PGD(self.eps, steps=self.steps).perturb(net, x, y, generator)
 
     def loss(self, net, x, x_adv, y):
@@ -313,12 +313,13 @@ class Trainer:
         self,
         time_limit: float | None = None,  # seconds, checked before every batch and every validation; None: until done
     ) -> bool:  # whether training is complete
-        "Train from where we are to the last epoch, or to the time limit."
+        "Train from where we are to the last epoch, or to the time limit. In the end `net` has the last epoch's weights and is in evaluation mode; `weights("best")` has the best one's."
         deadline = time.monotonic() + time_limit if time_limit is not None else float("inf")
         with own_randomness(self.device, self.seed):
             while self.epoch < self.epochs:
                 if not self._fit_epoch(deadline):
                     return False
+        self.net.eval()
         return True
 
     def _fit_epoch(self, deadline):

