@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'AdvDPNP', 'one_cycle', 'drops', 'perturbed', 'save_checkpoint', 'load_state', 'claim_folder',
-           'check_finite', 'Branches', 'Update']
+           'check_finite', 'Branches', 'Update', 'Trainer']
 
 # %% ../nbs/50_training.ipynb #c002
 import dataclasses
@@ -313,7 +313,7 @@ class Trainer:
         self,
         time_limit: float | None = None,  # seconds, checked before every batch and every validation; None: until done
     ) -> bool:  # whether training is complete
-        "Train from where we are to the last epoch, or to the time limit. In the end `net` has the last epoch's weights and is in evaluation mode; `weights("best")` has the best one's."
+        "Train from where we are to the last epoch, or to the time limit. In the end `net` has the last epoch's weights and is in evaluation mode; `weights('best')` has the best one's."
         deadline = time.monotonic() + time_limit if time_limit is not None else float("inf")
         with own_randomness(self.device, self.seed):
             while self.epoch < self.epochs:
