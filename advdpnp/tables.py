@@ -360,7 +360,7 @@ def save(stem, texts):
             part.write_text(text)
     return paths
 
-
+# %% ../nbs/85_tables.ipynb #c016b
 TEXTS = {"corruptions": (corruption_rows, corruption_text), "geometry": (geometry_rows, geometry_text), "tradeoff": (tradeoff_rows, tradeoff_text)}
 
 
@@ -439,7 +439,7 @@ def make_table(
         raise failure
     return Table(records, left, ledger, stem, files)
 
-
+# %% ../nbs/85_tables.ipynb #c016e
 def adopt(
     path,  # such as data/results/table1.small.json
     data_dir="data",
