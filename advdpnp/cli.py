@@ -77,7 +77,7 @@ def parse_settings(
         if key in ("method", "preset", "seed", "device"):
             raise ValueError(f"setting {text!r}: {key} has a place of its own in the command, see --help")
         try:
-            settings[key] = parse_eps(value) if key == "eps" else json.loads(value)
+            settings[key] = parse_eps(value) if key in ("eps", "eval_step_size") else json.loads(value)
         except json.JSONDecodeError:
             settings[key] = value
     return settings
@@ -239,7 +239,7 @@ def train(
 def runs(
     data_dir: Annotated[Path, typer.Option(help="Folder with the runs.")] = Path("data"),
 ):
-    """List the runs of a folder: finished, trained, running, interrupted or failed, and how far they are.
+    """List the runs of a folder: adopted, finished, trained, running, interrupted or failed, and how far they are.
 
     Example:
 
@@ -249,7 +249,8 @@ def runs(
         from advdpnp.runs import status
 
         folders = sorted(path.parent for path in (data_dir / "runs").glob("*/*/config.json"))
-        lines = [(str(folder.relative_to(data_dir / "runs")), *status(folder)) for folder in folders]
+        lines = [(str(folder.relative_to(data_dir / "adopted")), "adopted", "measured elsewhere") for folder in sorted({path.parent for path in (data_dir / "adopted").glob("*/*/*.json")})]
+        lines += [(str(folder.relative_to(data_dir / "runs")), *status(folder)) for folder in folders]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         typer.echo("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
@@ -311,8 +312,8 @@ def adopt(
         from advdpnp.tables import adopt
 
         for path in records:
-            for folder in adopt(path, data_dir, device):
-                typer.echo(folder)
+            for taken in adopt(path, data_dir, device):
+                typer.echo(taken)
 
 # %% ../nbs/90_cli.ipynb #c028b
 @app.command()

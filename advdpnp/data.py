@@ -441,17 +441,15 @@ class Stream:
     ):
         "Yield the batches of one epoch."
         getattr(getattr(self.batches, "sampler", None), "set_epoch", lambda _: None)(epoch)
-        self._seed(epoch)
-        batches = iter(self.batches)
-        for i in range(len(self)):
-            self._seed(epoch, i)
-            x, y = next(batches)
+        self._seed(epoch, 0)
+        for i, (x, y) in enumerate(self.batches):
             if i == start and (x.ndim != 4 or (x.is_floating_point() and not 0 <= x.min() <= x.max() <= 1)):
                 raise ValueError(f"a batch of the stream is {x.dtype} {tuple(x.shape)} from {x.min():.4g} to {x.max():.4g}, "
                                  "expected (B, C, H, W), uint8 or floats in [0, 1]: normalise inside the model")
             if i >= start:
                 x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
                 yield x.float() if x.is_floating_point() else x.float().div_(255), y.to(self.device, torch.int64, non_blocking=True)
+            self._seed(epoch, i + 1)
 
 # %% ../nbs/00_data.ipynb #c059
 def cores() -> int:

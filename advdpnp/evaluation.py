@@ -93,9 +93,10 @@ class Resume:
         path,  # of the file; None: keep nothing
         key: dict,  # what the evaluation is of
         deadline: float | None = None,  # a `time.time()`
+        began: float | None = None,  # when this sitting did, a `time.monotonic()`; None: now
     ):
         self.path, self.key, self.deadline, self.stages = path and Path(path), key, deadline, {}
-        self._before, self._began = 0.0, time.monotonic()
+        self._before, self._began = 0.0, time.monotonic() if began is None else began
         if self.path and self.path.exists():
             saved = read_json(self.path)
             differs = sorted(name for name in {*key, *saved["key"]} if saved["key"].get(name) != key.get(name))
@@ -143,7 +144,7 @@ def evaluate(
     title: str = "",  # before the attacks' names on the bars
 ) -> dict:  # dataset, data_sha256, n, device, seconds; metrics by name; logits; checks with curve and path
     "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it."
-    names = [attack.name for attack in attacks]
+    began, names = time.monotonic(), [attack.name for attack in attacks]
     if len(set(names)) < len(names):
         raise ValueError(f"attacks named {', '.join(names)}: expected different names")
     x, y = dataset.x_test[:images], dataset.y_test[:images]
@@ -161,7 +162,7 @@ def evaluate(
                 (dataclasses.asdict(a) if dataclasses.is_dataclass(a) else {}) | dict(seed=seed) for a in attacks]
     said = hashlib.sha256(logits.numpy().tobytes()).hexdigest()  # what the model is: code and weights, and the machine's rounding
     key = dict(logits=said, data=dataset.sha256, images=len(y), batch_size=batch_size, seed=seed, attacks=settings)
-    kept = Resume(resume, json.loads(json.dumps(key)), deadline)
+    kept = Resume(resume, json.loads(json.dumps(key)), deadline, began)
     if logits.shape[1] != dataset.num_classes:
         raise ValueError(f"the model has {logits.shape[1]} classes, {dataset.name} has {dataset.num_classes}")
     check_labels(labels, dataset.num_classes)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'CHOSEN', 'RECORDS', 'budget_of', 'make_config', 'config_hash', 'check_parameters', 'provenance',
-           'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker', 'adopted', 'status', 'Runs', 'title',
-           'attacks_of', 'attacked', 'first_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'of_best',
-           'Ledger', 'share_work', 'do_alone']
+           'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker', 'status', 'Runs', 'same_settings',
+           'title', 'attacks_of', 'attacked', 'first_images', 'under_corruptions', 'shape_of_features', 'tradeoff',
+           'of_best', 'Ledger', 'share_work', 'do_alone']
 
 # %% ../nbs/80_runs.ipynb #c002
 import dataclasses
@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import numbers
 import os
 import subprocess
 import threading
@@ -34,7 +35,7 @@ from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, cores, has_fast_bf16, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
 from .evaluation import OtherEvaluation, Resume, accuracy, evaluate, standard_attacks, to_digits
 from .geometry import geometry
-from .parallel import share
+from .parallel import as_the_first_says, share
 from .training import Trainer, claim_folder
 
 # %% ../nbs/80_runs.ipynb #c005
@@ -57,7 +58,7 @@ def budget_of(dataset: str) -> dict:
     return dict(eps=8 / 255, eval_step_size=None) | BUDGETS.get(dataset, {})
 
 
-CHOSEN = {  # on held-out training images, the same number of trials a method: see figure1
+CHOSEN = {  # on held-out training images, see figure1
     "quick": {
         "PGD-AT": dict(lr=0.4, weight_decay=2e-3),
         "TRADES": dict(lr=0.2, weight_decay=5e-3, beta=3.0),
@@ -77,12 +78,12 @@ CHOSEN = {  # on held-out training images, the same number of trials a method: s
 # %% ../nbs/80_runs.ipynb #c008
 def _fits(key, value, usual):
     "Whether a setting is of the kind of its usual value: a whole number, a number, a word, a yes or no."
-    if value is None:
-        return any(values.get(key, ...) is None for values in (*PRESETS.values(), budget_of("digits")))
-    if key == "norm":
-        return value == "auto" or type(value) in (int, float)
-    kinds = {int: (int,), float: (int, float), type(None): (int, float)}
-    return type(value) in kinds.get(type(usual), (type(usual),))
+    optional = any(values.get(key, ...) is None for values in (*PRESETS.values(), budget_of("digits")))
+    if value is None or value == "auto":
+        return optional if value is None else key == "norm"
+    if isinstance(value, bool) or isinstance(usual, (bool, str)) and key != "norm":
+        return type(value) is type(usual)
+    return isinstance(value, numbers.Real if isinstance(usual, float) or key in ("norm", "eval_step_size") else numbers.Integral)
 
 
 def make_config(
@@ -109,9 +110,10 @@ def make_config(
     for key, value in changes.items():
         usual = config[one_of(key, config, "parameter")]
         if not _fits(key, value, usual):
-            raise ValueError(f"{key} is {value!r}: expected something like {usual!r}")
-    changes = {key: value for key, value in changes.items() if value != config[key]}
-    config |= changes
+            raise ValueError(f"{key} is {value!r}: expected something like {'a whole number, or None' if usual is None else repr(usual)}")
+    of_machine = PRESETS[preset]["precision"] == "bf16"  # so that asking for a precision is a change, even if it is what this machine would take
+    changes = {key: value for key, value in changes.items() if value != config[key] or (key, of_machine) == ("precision", True)}
+    config |= {key: value.item() if hasattr(value, "item") else value for key, value in changes.items()}  # NumPy's numbers are no JSON
     return dict(method=method, preset=preset, seed=seed, **config, changes=sorted({*changes} - {"dataset", "arch"}))
 
 
@@ -142,7 +144,7 @@ def provenance(device):
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return dict(version=advdpnp.__version__, commit=commit, versions=versions, cuda=torch.version.cuda,
                 device=torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1),
-                tf32=gpu and torch.backends.cudnn.conv.fp32_precision == "tf32",  # what a GPU's convolutions in float32 are really in, outside evaluation
+                tf32=gpu and torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cudnn.conv.fp32_precision == "tf32",  # what a GPU's convolutions in float32 are really in, outside evaluation
                 peak_memory_bytes=torch.cuda.max_memory_allocated(device) if gpu else None)
 
 # %% ../nbs/80_runs.ipynb #c017
@@ -229,16 +231,9 @@ def worker(
     return process
 
 
-def adopted(
-    folder: Path,  # of a run
-) -> bool:
-    "Whether a run was measured elsewhere: there are records of it, and no weights."
-    return (folder / "config.json").exists() and "adopted" in read_json(folder / "config.json")
-
-
 def status(
     folder: Path,  # of a run
-) -> tuple[str, str]:  # "finished", "running", "failed", "trained", "adopted", "interrupted" or "missing"; and how far it is
+) -> tuple[str, str]:  # "finished", "running", "failed", "trained", "interrupted" or "missing"; and how far it is
     "What has become of a run."
     lines = folder / "metrics.jsonl"
     epochs = len(lines.read_text().splitlines()) if lines.exists() else 0
@@ -251,8 +246,6 @@ def status(
         return "failed", (folder / "error.txt").read_text().strip()
     if (folder / "trained.json").exists():
         return "trained", "not measured"
-    if adopted(folder):
-        return "adopted", "measured elsewhere"
     return ("interrupted", f"after {epochs} epochs") if (folder / "config.json").exists() else ("missing", "")
 
 # %% ../nbs/80_runs.ipynb #c025
@@ -272,6 +265,10 @@ class Runs:
         name = f"{config['method']}-{config['arch']}-{config['preset']}-s{config['seed']}"
         changed = "".join(f",{key}={config[key]}" for key in config["changes"])
         return self.data_dir / "runs" / config["dataset"] / (name + changed)
+
+    def adopted(self, config, kind="result"):
+        "Where a record of a run lives that another machine has measured."
+        return self.data_dir / "adopted" / self.folder(config).relative_to(self.data_dir / "runs") / f"{kind}.json"
 
     def settled(self, config):
         "The configuration as the run has it: precision, unless it was asked for, is what was fast on the machine that began it."
@@ -326,7 +323,7 @@ class Runs:
         "A record of a run, or None if it is not there."
         path = self.folder(config) / f"{one_of(kind, RECORDS, 'record')}.json"
         if not path.exists():
-            return None
+            return same_settings(read_json(self.adopted(config, kind)), config) if self.adopted(config, kind).exists() else None
         claim_folder(path.parent, read_json(path.parent / "config.json") | {"run": self.settled(config)})
         record, best = read_json(path), path.with_name("best.safetensors")
         if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
@@ -343,13 +340,27 @@ class Runs:
             raise ValueError(f"{path} is not the file that was measured (its sha256 differs): delete {path.parent} to train this run again")
         return load_checkpoint(path)[0].to(self.device)
 
-    def twin(self, config):
-        "The same architecture, trained plainly: the `standard` run beside this one, if it is trained."
-        if config["method"] == "standard":
-            return None
+    def plain(self, config):
+        "The configuration of a run's undefended twin: the same architecture, trained plainly."
         same = {key: config[key] for key in ("dataset", "arch", "side", "train_images")}
-        plain = make_config("standard", config["preset"], config["seed"], self.device, **same)
-        return self.model(plain) if self.trained(plain) else None
+        return make_config("standard", config["preset"], config["seed"], self.device, **same)
+
+    def twin(self, config):
+        "The undefended twin of a run, if it is trained."
+        plain = self.plain(config)
+        return self.model(plain) if config["method"] != "standard" and self.trained(plain) else None
+
+
+def same_settings(
+    record: dict,
+    config: dict,  # from `make_config`
+) -> dict:  # the record
+    "A ValueError if a record has other settings than a configuration. Unless it was asked for, precision is the machine's."
+    there = record["config"]
+    here = config if "precision" in config["changes"] else config | dict(precision=there["precision"])
+    if differing := [f"{key} is {there.get(key)!r}, here {here.get(key)!r}" for key in {**there, **here} if there.get(key) != here.get(key)]:
+        raise ValueError(f"a record of {title(there)} has other settings: {'; '.join(differing)}")
+    return record
 
 
 def title(config):
@@ -408,7 +419,7 @@ def tradeoff(runs, config, deadline):
     clean = worst = correct(net, images)
     for attack in attacks_of(config)[1:-1]:  # without FGSM, and AutoAttack, which takes ten times as long as the others
         worst = standing_after(net, images, attack, worst, 0, runs.quiet, title(config), kept.begin(attack.name), kept.keeper(attack.name))
-    return dict(n=len(clean), clean=accuracy(clean), worst=accuracy(worst), verdicts=dict(clean=to_digits(clean), worst=to_digits(worst)))
+    return dict(n=len(clean), seconds=round(kept.seconds, 2), clean=accuracy(clean), worst=accuracy(worst), verdicts=dict(clean=to_digits(clean), worst=to_digits(worst)))
 
 
 def of_best(found):
@@ -416,7 +427,9 @@ def of_best(found):
 
     def measured(runs, config, deadline):
         began = time.monotonic()
-        return dict(sha256=runs.sha256(config)) | found(runs, config, deadline) | dict(seconds=round(time.monotonic() - began, 2))
+        record = found(runs, config, deadline)
+        about = dict(sha256=runs.sha256(config), trained_with=read_json(runs.folder(config) / "trained.json"))
+        return about | dict(seconds=round(time.monotonic() - began, 2)) | record
 
     return measured
 
@@ -447,10 +460,8 @@ class Ledger(Runs):
         "Train a run from where it stopped."
         if self.trained(config):
             return True
-        if time_limit is not None and time_limit <= 0:
+        if time_limit is not None and as_the_first_says(time_limit <= 0):
             return False
-        if adopted(self.folder(config)):
-            raise RuntimeError(f"{self.folder(config)} was measured elsewhere, its weights are not here: delete it to train this run here")
         _forget_peak(self.device)
         first, processes = share()[0] == 0, share()[1]
         with one_thread(self.device):
@@ -491,24 +502,17 @@ class Ledger(Runs):
         self,
         records: list[dict],  # made by `measure`, on another machine
         kind: str = "result",  # one of `RECORDS`
-    ) -> list[Path]:  # the runs' folders
-        "Take in records of runs that are not here. A ValueError for a record of other settings than those of this package."
-        folders = []
+    ) -> list[Path]:  # where they are now
+        "Take in records: where a run has none of its own, they are read instead. A ValueError for other settings than those of this package."
+        paths = []
         for record in records:
             config = record["config"]
             same = {key: config.get(key) for key in ("dataset", "arch", *config["changes"])}
             now = make_config(config["method"], config["preset"], config["seed"], self.device, **same)
-            now |= {} if "precision" in config["changes"] else dict(precision=config["precision"])  # that of the machine
-            if differing := [f"{key} is {config.get(key)!r}, here {now.get(key)!r}" for key in {**config, **now} if config.get(key) != now.get(key)]:
-                raise ValueError(f"a record of {title(config)} has other settings: {'; '.join(differing)}")
-            folder = self.folder(config)
-            if not (folder / "config.json").exists():
-                claim_folder(folder, dict(run=config, adopted=True))
-            if adopted(folder):
-                with replacing(folder / f"{one_of(kind, RECORDS, 'record')}.json") as part:
-                    part.write_text(json.dumps(record | dict(method=config["method"]), indent=1))
-                folders.append(folder)
-        return folders
+            paths.append(self.adopted(now, one_of(kind, RECORDS, "record")))
+            with replacing(paths[-1]) as part:
+                part.write_text(json.dumps(same_settings(record | dict(method=config["method"]), now), indent=1))
+        return paths
 
     def run(
         self,
@@ -530,15 +534,17 @@ class Ledger(Runs):
     ) -> list[dict | None]:  # their records in order; None where time ran out
         "Records of several runs. What is missing is trained, then measured, side by side, the longest first. If some fail, the first error is raised when the others are done."
         deadline = None if time_limit is None else time.time() + time_limit
-        missing = [*{self.folder(config): config for config in configs if self.result(config, kind) is None and not adopted(self.folder(config))}.values()]
+        missing = [*{self.folder(config): config for config in configs if self.result(config, kind) is None}.values()]
         missing.sort(key=lambda config: split_name(config["method"])[0] in CLEAN_METHODS)
         for config in missing:
             self.corrupted(config) if kind == "corruptions" else self.dataset(config)  # downloaded or made once, and not by every worker
         if jobs == "auto":
             jobs = 1 if self.device.type == "cuda" else cores()
+        plain = {self.folder(twin): twin for config in missing if kind == "result" for twin in [self.plain(config)]}
+        missing += [twin for folder, twin in plain.items() if self.result(twin) and not self.trained(twin)]  # a record from elsewhere cannot be attacked
         errors = []
         for step in ("train", kind):  # measured when all are trained: a run's undefended twin may be among them
-            errors += share_work(self, step, [config for config in missing if self.trained(config) == (step == kind)], jobs, deadline)
+            errors += share_work(self, step, [config for config in missing if self.trained(config) == (step == kind) and (step == "train" or self.result(config, kind) is None)], jobs, deadline)
         if errors:
             raise errors[0]
         return [self.result(config, kind) for config in configs]

@@ -23,11 +23,11 @@ import seaborn as sns
 import torch
 
 from .attacks import PGD
-from .baselines import METHODS
+from .baselines import EXTRAS, METHODS
 from .corruptions import GROUPS
 from .data import one_of, read_json, replacing, to_float
 from .evaluation import from_digits
-from .runs import Ledger, adopted, make_config, status
+from .runs import Ledger, make_config, status
 from .sanity import failed
 
 # %% ../nbs/85_tables.ipynb #c005
@@ -273,11 +273,12 @@ def hull(
 def front_gap(
     a: np.ndarray,  # (2, P, N): which images the networks of a method get right, clean and in the worst case; 1 or 0, or the mean over seeds
     b: np.ndarray,  # (2, Q, N): those of another method, on the same images
-    resamples: int = 1000,
+    resamples: int = 400,
+    splits: int = 10,  # of the images into halves
 ) -> dict:  # points, low, high: in per cent, with a 95% interval; over: the least and largest clean accuracy
     "How far the front of a method lies above another's, on average over the clean accuracies that both reach."
     images, random = a.shape[2], np.random.default_rng(0)
-    half = np.isin(np.arange(images), random.permutation(images)[: images // 2])
+    halves = [np.isin(np.arange(images), random.permutation(images)[: images // 2]) for _ in range(splits)]
 
     def compared(weights, chosen, measured):
         "Gap, least and largest clean accuracy: networks chosen on some images and measured on others."
@@ -285,13 +286,13 @@ def front_gap(
         fronts = [where(x, measured)[hull(where(x, chosen))] for x in (a, b)]
         fronts = [front[np.argsort(front[:, 0])] for front in fronts]
         top = min(front[-1, 0] for front in fronts)
-        levels = np.linspace(min(top, *(front[0, 0] for front in fronts)), top, 21)
+        levels = np.linspace(min(top, max(front[0, 0] for front in fronts)), top, 21)
         return np.subtract(*(np.interp(levels, *front.T).mean() for front in fronts)), levels[0], top
 
-    both = lambda weights: np.mean([compared(weights, half, ~half), compared(weights, ~half, half)], axis=0)
-    points, least, largest = both(np.ones(images))
+    crossed = lambda weights: np.mean([compared(weights, *pair) for half in halves for pair in ((half, ~half), (~half, half))], axis=0)
+    points, least, largest = crossed(np.ones(images))
     draws = random.multinomial(images, np.full(images, 1 / images), resamples)
-    low, high = np.percentile([both(weights)[0] for weights in draws], [2.5, 97.5])
+    low, high = np.percentile([crossed(weights)[0] for weights in draws], [2.5, 97.5])
     return dict(points=points, low=low, high=high, over=(least, largest))
 
 # %% ../nbs/85_tables.ipynb #c013f
@@ -391,43 +392,48 @@ class Table:
         figure.savefig(self.files[-1], dpi=120)
 
 
-def _so_far(ledger, config, kind):
-    "What there is of a run that a table lacks."
-    folder = ledger.folder(config)
-    if adopted(folder):
-        return f"measured elsewhere, without this; its weights are not here: delete {folder} to train it here"
-    return f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(folder)).strip()
+def _rows(number, usual, asked):
+    "The names of all rows that a table may show: its usual ones, those with extras, and what is asked for."
+    extras = [f"{method}{ends}" for method in METHODS for ends in ("+AWP", "+EMA", "+AWP+EMA")] if number not in ROWS else list(ROWS[number])
+    return dict.fromkeys([row for row, _ in usual] + extras + [row for row, _ in asked])
 
 
 def make_table(
     number: int,  # one of `TABLES`
     preset: str = "auto",
     dataset: str = "",  # empty: the table's own; with the preset quick, the digits
-    methods: str = "",  # see `table_runs`
-    seeds: str = "auto",  # see `table_runs`; auto: and what is there of seeds 1 and 2
+    methods: str = "",  # what to train and measure, see `table_runs`; whatever else is finished is shown as well
+    seeds: str = "auto",
     time_limit: float | None = None,  # seconds; None: until all is done
     device="auto",
     data_dir="data",
     jobs: int | str = "auto",  # runs side by side
     quiet: bool = False,  # no progress bars
 ) -> Table:
-    "Train and measure what a table lacks, and write it. If runs fail, the error is raised when the others are in the table."
-    runs, kind = table_runs(number, preset, dataset, methods, seeds, device), KINDS.get(number, "result")
-    ledger, first, failure = Ledger(data_dir, device, quiet), runs[0][1], None
+    "Train and measure what is asked for and not there, and write the table. If runs fail, the error is raised when the others are in it."
+    asked, kind = table_runs(number, preset, dataset, methods, seeds, device), KINDS.get(number, "result")
+    usual, first, failure = table_runs(number, preset, dataset, device=device), asked[0][1], None
+    ledger = Ledger(data_dir, device, quiet)
     try:
-        ledger.run_all([config for _, config in runs], jobs, time_limit, kind)
-    except Exception as error:  # of some of the runs: the table shows the others first
+        ledger.run_all([config for _, config in asked], jobs, time_limit, kind)
+    except Exception as error:  # of some of the runs: the others go into the table first
         failure = error
-    done = lambda runs: [(row, config) for row, config in runs if ledger.result(config, kind)]
     cells = lambda runs: {(row, config["seed"]) for row, config in runs}
-    if str(seeds) == "auto":
-        runs += [run for run in done(table_runs(number, preset, dataset, methods, "1, 2", device)) if not cells([run]) & cells(runs)]
-    records = [ledger.result(config, kind) | dict(method=row) for row, config in done(runs)]
-    left = [f"{row}, seed {config['seed']}: {_so_far(ledger, config, kind)}" for row, config in runs if ledger.result(config, kind) is None]
-    usual = table_runs(number, first["preset"], device="cpu")
-    wanted = cells(usual) | cells(done(table_runs(number, first["preset"], dataset, seeds="0, 1, 2", device=device)))
-    name = [f"table{number}", first["preset"]] + [first["dataset"]] * (first["dataset"] != usual[0][1]["dataset"])
-    name += ["partial"] * (bool(left) or not wanted <= cells(runs))
+    every_seed = ", ".join(map(str, sorted({0, 1, 2} | {config["seed"] for _, config in asked})))
+    done = []
+    for row, config in table_runs(number, preset, dataset, ", ".join(_rows(number, usual, asked)), every_seed, device):
+        try:
+            done += [(row, config)] if ledger.result(config, kind) else []
+        except ValueError:  # of other settings than today's
+            if (row, config["seed"]) in cells(asked):
+                raise
+    records = [ledger.result(config, kind) | dict(method=row) for row, config in done]
+    if len({record["data_sha256"] for record in records}) > 1:
+        raise ValueError(f"the records of table {number} were not measured on the same files: adopt only those whose data_sha256 is that of {first['dataset']} here")
+    so_far = lambda config: f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(ledger.folder(config))).strip()
+    left = [f"{row}, seed {config['seed']}: {so_far(config)}" for row, config in asked if (row, config["seed"]) not in cells(done)]
+    name = [f"table{number}", first["preset"]] + [first["dataset"]] * (first["dataset"] != table_runs(number, preset, device=device)[0][1]["dataset"])
+    name += ["partial"] * (bool(left) or not cells(usual) <= cells(done))
     stem, files = Path(data_dir) / "results" / ".".join(name), []
     if records and kind == "result":
         files = save_result(records, stem, data_dir, number != 6)
@@ -444,7 +450,7 @@ def adopt(
     path,  # such as data/results/table1.small.json
     data_dir="data",
     device="auto",
-) -> list[Path]:  # the runs' folders
+) -> list[Path]:  # where they are now
     "Put the records of a table that another machine made into the ledger: here, too, these runs then count as finished."
     path = Path(path)
     number = path.name.removeprefix("table").partition(".")[0]
@@ -511,7 +517,7 @@ def draw_images(
 ):
     "Test images as they are and as PGD-20 leaves them for each method, with what is seen in them: a figure."
     config = records[0]["config"]
-    records = [r for r in records if not adopted(ledger.folder(r["config"]))]
+    records = [r for r in records if (ledger.folder(r["config"]) / "best.safetensors").exists()]  # not those that were measured elsewhere
     images = ledger.dataset(config)
     x = to_float(torch.from_numpy(images.x_test[:count])).to(ledger.device)
     y = torch.from_numpy(images.y_test[:count]).to(ledger.device)

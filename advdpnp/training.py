@@ -191,10 +191,10 @@ class Update:
         x,  # (B, C, H, W) in [0, 1]
         y,  # (B,)
         lr: float,
-        epoch: int = 0,  # with `batch`, what makes this step's randomness another than the last one's
-        batch: int = 0,
+        epoch: int,
+        batch: int,  # with `epoch` and the seed, what all randomness of this step comes from
     ) -> dict:  # "loss" and its terms, means over the processes: scalars on the device
-        "Change the network by one batch."
+        "Change the network by one batch. PyTorch's global generators are seeded for it, and left so."
         key = (self.seed, epoch, batch, 1)
         seed_globally(self.device, seed_of(*key, share()[0]))  # what the network itself draws, such as dropout: other masks for other rows
         for group in self.optimizer.param_groups:
@@ -223,7 +223,7 @@ class Update:
         return self.average.module if self.average else self.net
 
     def state(self) -> dict:
-        "What it takes to go on."
+        "What it takes to go on: the tensors themselves, not copies."
         return {"weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict() if self.average else None}
 
     def restore(

@@ -104,6 +104,8 @@ def publish(
     folder, data, net = ledger.data_dir / "weights" / name, ledger.dataset(config), ledger.model(config)
     if (folder / "config.json").exists() and read_json(folder / "config.json")["run"] != config:
         raise ValueError(f"{folder} holds another run: choose another name, or delete it")
+    if record["best"]["sha256"] != ledger.sha256(config):
+        raise ValueError(f"the record of {ledger.folder(config)} is of other weights, measured elsewhere: measure these first")
     weights = {key: value.half() if value.is_floating_point() else value for key, value in load_file(ledger.folder(config) / "best.safetensors").items()}
     before = remeasured(net, data, config)
     net.load_state_dict(weights)  # casts back

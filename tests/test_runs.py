@@ -85,7 +85,30 @@ def test_a_table_shows_what_is_there_before_it_says_what_failed(tmp_path, monkey
     elsewhere = tmp_path / "elsewhere"
     assert len(adopt(tmp_path / "results/table1.quick.partial.json", elsewhere, "cpu")) == 1
     table = make_table(5, "quick", methods="standard", device="cpu", data_dir=elsewhere, quiet=True)
-    assert table.records == [] and "measured elsewhere" in table.left[0]
+    assert [r["seed"] for r in table.records] == [0] and table.left == []  # what the records lack is made here
+    table = make_table(1, "quick", methods="DPNP", device="cpu", data_dir=elsewhere, jobs=1, quiet=True)
+    assert [r["method"] for r in table.records] == ["standard", "DPNP"]  # all that is finished
+    checks = {check["name"]: check["passed"] for check in table.records[1]["best"]["checks"]}
+    assert checks["twin"] is not None  # its undefended twin was there
+
+    others = [record | dict(data_sha256="of other files") for record in saved]
+    (tmp_path / "table1.quick.json").write_text(json.dumps(others))
+    adopt(tmp_path / "table1.quick.json", elsewhere, "cpu")
+    with pytest.raises(ValueError, match="not measured on the same files"):
+        make_table(1, "quick", time_limit=0, device="cpu", data_dir=elsewhere, quiet=True)
+
+
+def test_a_run_of_older_settings_that_nobody_asks_for_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(advdpnp.runs.PRESETS, "quick", advdpnp.runs.PRESETS["quick"] | FEW)
+    ledger = Ledger(tmp_path, "cpu", quiet=True)
+    for seed in (0, 1):
+        ledger.run(make_config("standard", "quick", seed, "cpu"))
+    monkeypatch.setitem(advdpnp.runs.PRESETS["quick"], "batch_size", 32)
+    with pytest.raises(ValueError, match="holds another run"):
+        make_table(1, "quick", methods="standard", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True)
+    (ledger.folder(make_config("standard", "quick", 0, "cpu"))).rename(tmp_path / "older")
+    table = make_table(1, "quick", methods="DPNP", device="cpu", data_dir=tmp_path, jobs=1, quiet=True)
+    assert [(r["method"], r["seed"]) for r in table.records] == [("DPNP", 0)]
 
 
 def test_the_process_of_another_user_is_alive(tmp_path, monkeypatch):
