@@ -420,8 +420,10 @@ def make_table(
         failure = error
     cells = lambda runs: {(row, config["seed"]) for row, config in runs}
     every_seed = ", ".join(map(str, sorted({0, 1, 2} | {config["seed"] for _, config in asked})))
-    done = []
+    done, named = [], cells(usual) | cells(asked)
     for row, config in table_runs(number, preset, dataset, ", ".join(_rows(number, usual, asked)), every_seed, device):
+        if (row, config["seed"]) not in named and ledger.folder(config) in [ledger.folder(other) for _, other in done]:
+            continue  # what was chosen, by another name
         try:
             done += [(row, config)] if ledger.result(config, kind) else []
         except ValueError:  # of other settings than today's

@@ -1,10 +1,12 @@
 "The ledger on more than one machine, and with runs that fail."
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 import advdpnp.runs
+import advdpnp.tables
 from advdpnp.runs import Ledger, make_config, status, worker
 from advdpnp.tables import adopt, make_table
 
@@ -106,7 +108,6 @@ def test_a_run_of_older_settings_that_nobody_asks_for_is_left_out(tmp_path, monk
     monkeypatch.setitem(advdpnp.runs.PRESETS["quick"], "batch_size", 32)
     with pytest.raises(ValueError, match="holds another run"):
         make_table(1, "quick", methods="standard", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True)
-    (ledger.folder(make_config("standard", "quick", 0, "cpu"))).rename(tmp_path / "older")
     table = make_table(1, "quick", methods="DPNP", device="cpu", data_dir=tmp_path, jobs=1, quiet=True)
     assert [(r["method"], r["seed"]) for r in table.records] == [("DPNP", 0)]
 
@@ -119,3 +120,10 @@ def test_the_process_of_another_user_is_alive(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "kill", kill)
     assert worker(tmp_path) == 1
+
+
+def test_a_chosen_setting_is_one_row_of_the_trade_off(tmp_path):
+    results = Path(advdpnp.__file__).parent.parent / "data/results"
+    adopt(results / "table7.quick.json", tmp_path, "cpu")
+    table = make_table(7, "quick", methods="TRADES beta=1", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True)
+    assert table.stem.name == "table7.quick" and len(table.records) == len(json.loads((results / "table7.quick.json").read_text()))
