@@ -541,7 +541,7 @@ class Ledger(Runs):
         if jobs == "auto":
             jobs = 1 if self.device.type == "cuda" else cores()
         plain = {self.folder(twin): twin for config in missing if kind == "result" for twin in [self.plain(config)]}
-        missing += [twin for folder, twin in plain.items() if self.result(twin) and not self.trained(twin)]  # a record from elsewhere cannot be attacked
+        missing += [twin for folder, twin in plain.items() if self.adopted(twin).exists() and not self.trained(twin)]  # a record from elsewhere cannot be attacked
         errors = []
         for step in ("train", kind):  # measured when all are trained: a run's undefended twin may be among them
             errors += share_work(self, step, [config for config in missing if self.trained(config) == (step == kind) and (step == "train" or self.result(config, kind) is None)], jobs, deadline)
