@@ -90,12 +90,17 @@ def test_pgd_against_torchattacks_and_foolbox(models, digits, name):
     same = PGD(EPS, random_start=False)(net, x, y)
     theirs = torchattacks.PGD(net, eps=EPS, alpha=EPS / 4, steps=20, random_start=False)(x, y)
     assert (same - theirs).abs().max() < 1e-6 or abs(robust(same) - robust(theirs)) <= 0.2  # the very same images
-    torch.manual_seed(0)
-    by_foolbox = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=20)(foolbox.PyTorchModel(net, bounds=(0, 1)), x, y, epsilons=EPS)[1]
-    ours = robust(PGD(EPS, seed=1)(net, x, y))
-    for other in (torchattacks.PGD(net, eps=EPS, alpha=EPS / 4, steps=20)(x, y), by_foolbox):
-        assert abs(ours - robust(other)) <= 1.5  # one point of difference, and what random starts decide
-    assert standing_after(net, all_, PGD(EPS), right, quiet=True).double().mean() * 100 <= ours + 0.5
+    foolbox_net, attack = foolbox.PyTorchModel(net, bounds=(0, 1)), foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=20)
+    found = {"ours": [], "any iterate": [], "torchattacks": [], "foolbox": []}
+    for seed in range(6):  # one random start is worth a point or two
+        found["ours"].append(robust(PGD(EPS, seed=seed)(net, x, y)))
+        found["any iterate"].append(100 * standing_after(net, all_, PGD(EPS), right, seed, quiet=True).double().mean().item())
+        torch.manual_seed(seed)
+        found["torchattacks"].append(robust(torchattacks.PGD(net, eps=EPS, alpha=EPS / 4, steps=20)(x, y)))
+        found["foolbox"].append(robust(attack(foolbox_net, x, y, epsilons=EPS)[1]))
+    mean = {name: sum(values) / len(values) for name, values in found.items()}
+    assert abs(mean["ours"] - mean["torchattacks"]) <= 1 and abs(mean["ours"] - mean["foolbox"]) <= 1, found
+    assert mean["any iterate"] <= mean["ours"] + 0.3, found
 
 
 @pytest.mark.parametrize("norm, reference", [("linf", projection_linf), ("l2", projection_l2)])
