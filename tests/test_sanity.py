@@ -6,6 +6,7 @@ from torch import nn
 from advdpnp.attacks import FGSM, PGD
 from advdpnp.baselines import LinearNet, Standard
 from advdpnp.autoattack import AutoAttack
+from advdpnp.data import Loader
 from advdpnp.evaluation import evaluate
 from advdpnp.sanity import check_attacks, check_curve, check_square, check_steps, failed, reverse_test
 from advdpnp.training import AdvDPNP, Trainer
@@ -68,8 +69,9 @@ def test_where_the_line_is(outcomes, name, fails):
     assert passed is not fails
 
 
-def test_attacks_find_what_was_planted(net, digits, batch):
-    "After Zimmermann et al., on a prototype network: a readout with a known adversarial example for every image, of which one in fifty may be missed."
+def test_attacks_find_what_was_planted(net, digits):
+    "After Zimmermann et al., on a prototype network: a readout with a known adversarial example for every image."
     Trainer(net, AdvDPNP(eps=0.2, steps=2), digits, epochs=3, batch_size=64, padding=0, device="cpu", quiet=True).fit()
-    counts = reverse_test(net.eval(), batch[0][:50], AutoAttack(0.2, steps=50, queries=100))
-    assert counts["tests"] >= 40 and counts["found"] >= counts["tests"] - 1 and counts["noise"] < 0.5 * counts["tests"]
+    x, _ = Loader(digits.x_test, digits.y_test, 200).take(torch.arange(200))  # so many that one more or less does not decide
+    counts = reverse_test(net.eval(), x, AutoAttack(0.2, steps=50, queries=100))
+    assert counts["tests"] >= 160 and counts["found"] >= 0.99 * counts["tests"] and counts["noise"] < 0.5 * counts["tests"]
