@@ -420,22 +420,27 @@ def make_table(
         failure = error
     cells = lambda runs: {(row, config["seed"]) for row, config in runs}
     every_seed = ", ".join(map(str, sorted({0, 1, 2} | {config["seed"] for _, config in asked})))
-    done, named = [], cells(usual) | cells(asked)
+    done, shown, named = {}, set(), cells(usual) | cells(asked)
     for row, config in table_runs(number, preset, dataset, ", ".join(_rows(number, usual, asked)), every_seed, device):
-        if (row, config["seed"]) not in named and ledger.folder(config) in [ledger.folder(other) for _, other in done]:
+        cell = row, config["seed"]
+        if cell not in named and ledger.folder(config) in shown:
             continue  # what was chosen, by another name
         try:
-            done += [(row, config)] if ledger.result(config, kind) else []
+            record = ledger.result(config, kind)
         except ValueError:  # of other settings than today's
-            if (row, config["seed"]) in cells(asked):
+            if cell in cells(asked):
                 raise
-    records = [ledger.result(config, kind) | dict(method=row) for row, config in done]
+            continue
+        if record:
+            done[cell] = record | dict(method=row)
+            shown.add(ledger.folder(config))
+    records = [*done.values()]
     if len({record["data_sha256"] for record in records}) > 1:
         raise ValueError(f"the records of table {number} were not measured on the same files: adopt only those whose data_sha256 is that of {first['dataset']} here")
     so_far = lambda config: f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(ledger.folder(config))).strip()
-    left = [f"{row}, seed {config['seed']}: {so_far(config)}" for row, config in asked if (row, config["seed"]) not in cells(done)]
+    left = [f"{row}, seed {config['seed']}: {so_far(config)}" for row, config in asked if (row, config["seed"]) not in done]
     name = [f"table{number}", first["preset"]] + [first["dataset"]] * (first["dataset"] != table_runs(number, preset, device=device)[0][1]["dataset"])
-    name += ["partial"] * (bool(left) or not cells(usual) <= cells(done))
+    name += ["partial"] * (bool(left) or not cells(usual) <= done.keys())
     stem, files = Path(data_dir) / "results" / ".".join(name), []
     if records and kind == "result":
         files = save_result(records, stem, data_dir, number != 6)
