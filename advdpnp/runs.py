@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'CHOSEN', 'RECORDS', 'budget_of', 'make_config', 'config_hash', 'check_parameters', 'provenance',
-           'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker', 'status', 'Runs', 'same_settings',
-           'title', 'attacks_of', 'attacked', 'first_images', 'under_corruptions', 'shape_of_features', 'tradeoff',
-           'of_best', 'Ledger', 'share_work', 'do_alone']
+           'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker', 'status', 'settled', 'Runs',
+           'of_settings', 'title', 'attacks_of', 'attacked', 'first_images', 'under_corruptions', 'shape_of_features',
+           'tradeoff', 'of_best', 'Ledger', 'share_work', 'do_alone']
 
 # %% ../nbs/80_runs.ipynb #c002
 import dataclasses
@@ -36,7 +36,7 @@ from .data import Loader, at_most, averaged, cores, has_fast_bf16, load_dataset,
 from .evaluation import OtherEvaluation, Resume, accuracy, evaluate, standard_attacks, to_digits
 from .geometry import geometry
 from .parallel import as_the_first_says, share
-from .training import Trainer, claim_folder
+from .training import Trainer, claim_folder, differing
 
 # %% ../nbs/80_runs.ipynb #c005
 _ALL = dict(weight_decay=5e-4, precision="float32", awp=0.0, ema=0.0, side=None, train_images=None, test_images=None, last_autoattack_images=None, corruption_images=None)
@@ -249,6 +249,14 @@ def status(
     return ("interrupted", f"after {epochs} epochs") if (folder / "config.json").exists() else ("missing", "")
 
 # %% ../nbs/80_runs.ipynb #c025
+def settled(
+    config: dict,  # from `make_config`
+    begun: dict,  # the same run's, on the machine that began it
+) -> dict:
+    "The configuration as it is kept up: precision, unless it was asked for, is what was fast on the first machine."
+    return config if "precision" in config["changes"] else config | dict(precision=begun["precision"])
+
+
 class Runs:
     "The runs of a data folder: where they live, and what is there."
 
@@ -271,11 +279,9 @@ class Runs:
         return self.data_dir / "adopted" / self.folder(config).relative_to(self.data_dir / "runs") / f"{kind}.json"
 
     def settled(self, config):
-        "The configuration as the run has it: precision, unless it was asked for, is what was fast on the machine that began it."
+        "The configuration as the run has it."
         path = self.folder(config) / "config.json"
-        if "precision" in config["changes"] or not path.exists():
-            return config
-        return config | dict(precision=read_json(path).get("run", config)["precision"])
+        return settled(config, read_json(path).get("run", config)) if path.exists() else config
 
     def dataset(self, config):
         "The images of a run, read once."
@@ -323,7 +329,7 @@ class Runs:
         "A record of a run, or None if it is not there."
         path = self.folder(config) / f"{one_of(kind, RECORDS, 'record')}.json"
         if not path.exists():
-            return same_settings(read_json(self.adopted(config, kind)), config) if self.adopted(config, kind).exists() else None
+            return of_settings(read_json(self.adopted(config, kind)), config) if self.adopted(config, kind).exists() else None
         claim_folder(path.parent, read_json(path.parent / "config.json") | {"run": self.settled(config)})
         record, best = read_json(path), path.with_name("best.safetensors")
         if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
@@ -351,15 +357,13 @@ class Runs:
         return self.model(plain) if config["method"] != "standard" and self.trained(plain) else None
 
 
-def same_settings(
+def of_settings(
     record: dict,
     config: dict,  # from `make_config`
 ) -> dict:  # the record
-    "A ValueError if a record has other settings than a configuration. Unless it was asked for, precision is the machine's."
-    there = record["config"]
-    here = config if "precision" in config["changes"] else config | dict(precision=there["precision"])
-    if differing := [f"{key} is {there.get(key)!r}, here {here.get(key)!r}" for key in {**there, **here} if there.get(key) != here.get(key)]:
-        raise ValueError(f"a record of {title(there)} has other settings: {'; '.join(differing)}")
+    "A ValueError if a record is of other settings than a configuration."
+    if found := differing(record["config"], settled(config, record["config"])):
+        raise ValueError(f"a record of {title(record['config'])} is of other settings: {found}")
     return record
 
 
@@ -511,7 +515,7 @@ class Ledger(Runs):
             now = make_config(config["method"], config["preset"], config["seed"], self.device, **same)
             paths.append(self.adopted(now, one_of(kind, RECORDS, "record")))
             with replacing(paths[-1]) as part:
-                part.write_text(json.dumps(same_settings(record | dict(method=config["method"]), now), indent=1))
+                part.write_text(json.dumps(of_settings(record | dict(method=config["method"]), now), indent=1))
         return paths
 
     def run(
