@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-# the slow parts of the package are imported inside the functions, so that `--help` need not wait for them
+# other parts of the package are imported inside the functions that use them: `--help` need not wait for all of them
 
 # %% ../nbs/90_cli.ipynb #c005
 def parse_eps(
@@ -76,10 +76,11 @@ def parse_settings(
             raise ValueError(f"setting {text!r}: expected key=value, such as lr=0.05")
         if key in ("method", "preset", "seed", "device"):
             raise ValueError(f"setting {text!r}: {key} has a place of its own in the command, see --help")
+        value = {"true": "true", "false": "false", "none": "null"}.get(value.lower(), value)  # as Python spells them, or JSON
         try:
-            settings[key] = parse_eps(value) if key in ("eps", "eval_step_size") else json.loads(value)
+            settings[key] = json.loads(value)
         except json.JSONDecodeError:
-            settings[key] = value
+            settings[key] = parse_eps(value) if key in ("eps", "eval_step_size") else value
     return settings
 
 # %% ../nbs/90_cli.ipynb #c010

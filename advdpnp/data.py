@@ -266,6 +266,9 @@ def hold_out(
     size = min(total // 10, 1000) if size is None else size
     if not dataset.num_classes <= size <= total - dataset.num_classes:
         raise ValueError(f"cannot hold {size} of {total} images out: expected {dataset.num_classes} to {total - dataset.num_classes}")
+    counts = np.bincount(dataset.y_train, minlength=dataset.num_classes)
+    if counts.min() < 2:
+        raise ValueError(f"class {counts.argmin()} of {dataset.name} has {counts.min()} training images: expected at least 2, one to hold out")
     train, val = train_test_split(np.arange(total), test_size=size, stratify=dataset.y_train, random_state=seed)
     train, val = np.sort(train), np.sort(val)
     return replace(dataset, x_train=dataset.x_train[train], y_train=dataset.y_train[train],

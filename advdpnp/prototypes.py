@@ -32,7 +32,8 @@ class PrototypeHead(nn.Module):
         norm = auto_norm(num_classes) if norm == "auto" else norm
         if isinstance(norm, str) or not 0 < norm < math.inf:
             raise ValueError(f"norm is {norm!r}: expected a positive number or 'auto'")
-        self.in_features, self.num_classes, self.norm = in_features, num_classes, float(norm)
+        self.in_features, self.num_classes = in_features, num_classes
+        self.register_buffer("norm", torch.tensor(float(norm)))
         self.directions = nn.Parameter(torch.randn(num_classes, in_features))
         with torch.no_grad():
             self.directions.copy_(self.prototypes)
@@ -53,7 +54,7 @@ class PrototypeHead(nn.Module):
             return features.to(prototypes.dtype) @ prototypes.T
 
     def extra_repr(self):
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, norm={self.norm:.4g}"
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, norm={self.norm.item():.4g}"
 
 # %% ../nbs/20_prototypes.ipynb #c009
 def auto_norm(

@@ -86,10 +86,13 @@ def table_runs(
         rows = FEW.split(", ") if preset == "small" and number in (2, 3) else [*METHODS]
     if str(seeds) == "auto":
         seeds = "0, 1, 2" if preset == "paper" or (preset == "small" and number in (1, 4, 5)) else "0"
-    chosen = dict.fromkeys((int(seed), row) for seed in str(seeds).split(",") for row in rows)
+    try:
+        chosen = dict.fromkeys((int(seed), row) for seed in str(seeds).split(",") for row in rows)
+    except ValueError:
+        raise ValueError(f"seeds are {seeds!r}: expected whole numbers, such as 0 or 0,1,2") from None
     change = lambda row: ROWS[number][row] if number in ROWS else dict(method=row)
     runs = [(row, make_config(preset=preset, seed=seed, device=device, dataset=dataset, **change(row))) for seed, row in chosen]
-    if number == 7 and not methods:  # a method's chosen setting is a row already
+    if number in ROWS and not methods:  # a method's chosen setting is a row already
         runs = [(row, config) for row, config in runs if config["changes"] or row == config["method"]]
     return runs
 
@@ -148,6 +151,7 @@ def readable(
     "The same table in Markdown: mean ± standard deviation of several seeds, or the 95% interval of one seed's images."
     table, lines, notes = tabulate(records, which), [], []
     metrics = [name for name in LABELS if name in table]
+    sizes = lambda runs, name: sorted({r[which]["metrics"][name]["n"] for r in runs if name in r[which]["metrics"]})
     for _, row in table.iterrows():
         runs = grouped(records)[row["method"]]
         cells = [row["method"]]
@@ -157,7 +161,8 @@ def readable(
                 continue
             m = runs[0][which]["metrics"][name]
             spread = f"± {row[name + '_std']:.1f}" if len(runs) > 1 else interval(m)
-            cells.append(f"{row[name]:.1f} {spread}")
+            few = f" (n = {', '.join(map(str, sizes(runs, name)))})" if len(sizes(records, name)) > 1 else ""  # not on the same images as the others
+            cells.append(f"{row[name]:.1f} {spread}{few}")
         minutes = sum(r["training_seconds"] for r in runs) / len(runs) / 60
         cells += [row["flags"] or "none", ", ".join(str(r[which]["epoch"]) for r in runs), f"{minutes:.1f}"]
         lines.append(cells)
@@ -189,10 +194,11 @@ GEOMETRY = dict(fisher="Fisher ratio", silhouette="silhouette", davies_bouldin="
 ANGLES = dict(mean="mean angle (°)", smallest="smallest (°)", simplex_deviation="deviation from simplex")
 
 
-def made_with(record):
-    "The precision of a record's training and its device, for the line below a table."
-    rounded = record["config"]["precision"] == "float32" and record.get("trained_with", record).get("tf32")
-    return f"trained in {record['config']['precision']}{' (convolutions in TF32)' if rounded else ''}; {record['device']}"
+def made_with(records):
+    "The precision of training and the device, for the line below a table; of all records, if they differ."
+    rounded = lambda r: r["config"]["precision"] == "float32" and r.get("trained_with", r).get("tf32")
+    ways = [f"trained in {r['config']['precision']}{' (convolutions in TF32)' if rounded(r) else ''}; {r['device']}" for r in records]
+    return ", or ".join(dict.fromkeys(ways))
 
 
 def corruption_rows(
@@ -245,7 +251,7 @@ def corruption_text(records):
     made = "the published files of CIFAR-10-C" if first["source"] == "published" else f"images made here from {first['n']} test images (not the published files)"
     return "\n\n".join([numbers(table, dict(mean="all", **{group: group for group in groups}), spreads=intervals),
                         "One by one, the mean over five severities:", numbers(table, {name: name.replace("_", " ") for name in first["accuracy"]}),
-                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}; {made}; {made_with(first)}."])
+                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}; {made}; {made_with(records)}."])
 
 
 def geometry_text(records):
@@ -254,7 +260,7 @@ def geometry_text(records):
     part = lambda what, names, digits: numbers(table, {f"{what}_{name}": label for name, label in names.items()}, digits)
     return "\n\n".join(["Clean images:", part("clean", GEOMETRY, 2), "Under PGD-20:", part("attacked", GEOMETRY, 2),
                         "Prototypes, or the weight vectors of a linear layer:", part("prototypes", ANGLES, 2), "Class means about their centre:", part("means", ANGLES, 2),
-                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {made_with(first)}."])
+                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {made_with(records)}."])
 
 # %% ../nbs/85_tables.ipynb #c013d
 def hull(
@@ -326,7 +332,7 @@ def tradeoff_text(records):
             found = front_gap(ours, theirs)
             lines.append([method, str(theirs.shape[1]), f"{found['points']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]", "{:.1f} to {:.1f}".format(*found["over"])])
         parts += [f"Worst-case accuracy where clean accuracies are equal, for the {ours.shape[1]} networks of Adv-DPNP; intervals are over test images, so another seed may lie outside:", markdown(lines)]
-    return "\n\n".join([*parts, f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {made_with(first)}."])
+    return "\n\n".join([*parts, f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {made_with(records)}."])
 
 # %% ../nbs/85_tables.ipynb #c015
 def save_result(
@@ -340,7 +346,7 @@ def save_result(
     sizes = {which: " or ".join(map(str, sorted({r[which]["metrics"]["worst"]["n"] for r in records}))) for which in ("best", "last")}
     few = sizes["best"] if sizes["best"] == sizes["last"] else f"{sizes['best']}, and at the last epoch {sizes['last']},"
     about = f"{first['dataset']}, {first['arch']}, preset {first['preset']}, eps {first['config']['eps']:.4g}, {first['best']['n']} test images" \
-            f" ({few} for AutoAttack and the worst case); {made_with(first)}."
+            f" ({few} for AutoAttack and the worst case); {made_with(records)}."
     others = published(first["dataset"], data_dir) if beside else ""
     if others:
         size = f"{first['config']['side']} pixels, " if first["config"].get("side") else ""
@@ -436,7 +442,7 @@ def make_table(
             shown.add(ledger.folder(config))
     records = [*done.values()]
     if len({record["data_sha256"] for record in records}) > 1:
-        raise ValueError(f"the records of table {number} were not measured on the same files: adopt only those whose data_sha256 is that of {first['dataset']} here")
+        raise ValueError(f"the records of table {number} were not measured on the same files: adopt only those whose data_sha256 is that of your {first['dataset']}")
     so_far = lambda config: f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(ledger.folder(config))).strip()
     left = [f"{row}, seed {config['seed']}: {so_far(config)}" for row, config in asked if (row, config["seed"]) not in done]
     name = [f"table{number}", first["preset"]] + [first["dataset"]] * (first["dataset"] != table_runs(number, preset, device=device)[0][1]["dataset"])
@@ -448,6 +454,9 @@ def make_table(
         rows, text = TEXTS[kind]
         short = [{key: value for key, value in r.items() if key != "pictures"} for r in records]
         files = save(stem, {".json": json.dumps(short, indent=1), ".csv": over_seeds(rows(records)).to_csv(index=False), ".md": text(records) + "\n"})
+    if name[-1] != "partial":
+        for old in stem.parent.glob(f"{stem.name}.partial.*"):
+            old.unlink()
     if failure:
         raise failure
     return Table(records, left, ledger, stem, files)

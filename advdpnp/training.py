@@ -319,12 +319,13 @@ class Trainer:
         self,
         time_limit: float | None = None,  # seconds, checked before every batch and every validation; None: until done
     ) -> bool:  # whether training is complete
-        "Train from where we are to the last epoch, or to the time limit. In the end `net` has the last epoch's weights and is in evaluation mode; `weights('best')` has the best one's."
+        "Train from where we are to the last epoch, or to the time limit. In the end `net` has the last epoch's weights, averaged if averages are kept, and is in evaluation mode; `weights('best')` has the best one's."
         deadline = time.monotonic() + time_limit if time_limit is not None else float("inf")
         with own_randomness(self.device, self.seed):
             while self.epoch < self.epochs:
                 if not self._fit_epoch(deadline):
                     return False
+        self.net.load_state_dict(self.update.judged.state_dict())
         self.net.eval()
         return True
 

@@ -59,7 +59,7 @@ def card(
     lines = [["", *(LABELS[metric] for metric in metrics)], ["the run", *(cell(m) for m in metrics.values())], ["images", *(str(m["n"]) for m in metrics.values())],
              [f"as published, {rounded['clean']['n']} images", *(cell(rounded[metric]) if metric in ("clean", "pgd20") else "–" for metric in metrics)]]
     failed = [check["name"] for check in best["checks"] if check["passed"] is False]
-    size = (f", its first {config['train_images']:,} training images" if config["train_images"] else "") + (f", averaged to {side}×{side} pixels" if side else "")
+    size = (f", a stratified {config['train_images']:,} of its training images" if config["train_images"] else "") + (f", averaged to {side}×{side} pixels" if side else "")
     changes = "".join(f", {key} {config[key]}" for key in config["changes"])
     return f"""---
 license: apache-2.0

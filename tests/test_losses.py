@@ -53,7 +53,7 @@ def same(ours, reference):
 def test_terms_and_total(case):
     head, f, f_adv, y = case
     c = head.directions.detach().numpy()
-    c = head.norm * c / np.linalg.norm(c, axis=1, keepdims=True)
+    c = head.norm.item() * c / np.linalg.norm(c, axis=1, keepdims=True)
     tf, tf_adv, ty = torch.from_numpy(f), torch.from_numpy(f_adv), torch.from_numpy(y)
     z, z_adv = f @ c.T, f_adv @ c.T
     expected = dict(ce=cross_entropy(z, y), alignment=alignment(f, y, c), repulsion=repulsion(c), adv_ce=cross_entropy(z_adv, y),

@@ -1,13 +1,15 @@
 "The ledger on more than one machine, and with runs that fail."
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import advdpnp.runs
 import advdpnp.tables
-from advdpnp.runs import Ledger, make_config, status, worker
+from advdpnp.runs import Ledger, at_work, make_config, status, worker
 from advdpnp.tables import adopt, make_table
 
 FEW = dict(epochs=1, test_images=30, autoattack_images=2, check_images=10)
@@ -112,14 +114,37 @@ def test_a_run_of_older_settings_that_nobody_asks_for_is_left_out(tmp_path, monk
     assert [(r["method"], r["seed"]) for r in table.records] == [("DPNP", 0)]
 
 
-def test_the_process_of_another_user_is_alive(tmp_path, monkeypatch):
-    (tmp_path / "running").write_text("1")
+def test_a_run_is_one_process_s_until_that_is_gone(tmp_path):
+    hold = "import sys, time; from pathlib import Path; from advdpnp.runs import at_work\nwith at_work(Path(sys.argv[1])): print('at work', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "at work\n"
+        assert worker(tmp_path).startswith(f"process {other.pid} on ") and status(tmp_path)[0] == "running"
+        with pytest.raises(RuntimeError, match=f"process {other.pid} on .* is at work"), at_work(tmp_path):
+            pass
+        other.kill()  # its mark stays
+    assert (tmp_path / "running").exists() and worker(tmp_path) is None
+    with at_work(tmp_path):
+        assert worker(tmp_path).startswith(f"process {os.getpid()} on ")
 
-    def kill(process, signal):
-        raise PermissionError
 
-    monkeypatch.setattr(os, "kill", kill)
-    assert worker(tmp_path) == 1
+def test_what_is_damaged_or_lost_is_said(tmp_path):
+    ledger, config = Ledger(tmp_path, "cpu", quiet=True), make_config("standard", "quick", device="cpu", **FEW)
+    ledger.train(config)
+    state = (ledger.folder(config) / "state.pt").rename(tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="state.pt is not there"):
+        ledger.measure(config)
+    state.rename(ledger.folder(config) / "state.pt")
+    ledger.measure(config)
+    (ledger.folder(config) / "result.json").write_text("{")
+    assert status(ledger.folder(config))[0] == "damaged"
+
+
+def test_a_complete_table_takes_the_place_of_its_part(tmp_path, monkeypatch):
+    monkeypatch.setitem(advdpnp.runs.PRESETS, "quick", advdpnp.runs.PRESETS["quick"] | FEW)
+    monkeypatch.setattr(advdpnp.tables, "METHODS", {name: advdpnp.tables.METHODS[name] for name in ("standard", "DPNP")})
+    make = lambda methods: make_table(1, "quick", methods=methods, device="cpu", data_dir=tmp_path, jobs=1, quiet=True)
+    assert make("standard").stem.name == "table1.quick.partial" and list((tmp_path / "results").glob("*.partial.*"))
+    assert make("").stem.name == "table1.quick" and not list((tmp_path / "results").glob("*.partial.*"))
 
 
 def test_a_chosen_setting_is_one_row_of_the_trade_off(tmp_path):
