@@ -497,7 +497,10 @@ def all_logits(
     logits = []
     for i, (x, _) in enumerate(loader):
         with full_precision(), torch.no_grad(), untouched(model, seeded(x.device, i)):
-            logits.append(model(x).float().cpu())
+            said = model(x)
+            if not (torch.is_tensor(said) and said.ndim == 2 and len(said) == len(x)):
+                raise ValueError(f"the model returns {f'a tensor {tuple(said.shape)}' if torch.is_tensor(said) else type(said).__name__}, expected logits ({len(x)}, K)")
+            logits.append(said.float().cpu())
     return torch.cat(logits)
 
 

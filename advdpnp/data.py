@@ -43,16 +43,18 @@ def one_of(
         return value
     if not options:
         raise ValueError(f"unknown {what} {value!r}: there are none")
-    lower = {str(option).lower(): str(option) for option in options}
-    near = lower[difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0)[0]]
-    there_are = f" There are: {', '.join(map(str, options))}" if len(options) <= 40 else ""
-    raise ValueError(f"unknown {what} {value!r}: did you mean {near!r}?{there_are}")
+    lower, few = {str(option).lower(): str(option) for option in options}, len(options) <= 40
+    near = [lower[match] for match in difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0.5 if few else 0)]
+    guess, there_are = f": did you mean {near[0]!r}?" if near else ".", f" There are: {', '.join(map(str, options))}" if few else ""
+    raise ValueError(f"unknown {what} {value!r}{guess}{there_are}")
 
 # %% ../nbs/00_data.ipynb #c009
 def check_split(name, split, x, y):
     "Raise a ValueError if images or labels are not of the type and shape that `Dataset` holds."
     if x.dtype != np.uint8 or x.ndim != 4:
         raise ValueError(f"{name}: x_{split} is {x.dtype} {x.shape}, expected uint8 (N, H, W, C)")
+    if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
+        raise ValueError(f"{name}: x_{split} is {x.shape}, which looks like (N, C, H, W), expected (N, H, W, C): transpose(0, 2, 3, 1) makes it so")
     if y.dtype != np.int64 or y.shape != x.shape[:1] or (split == "test" and len(y) == 0):
         raise ValueError(f"{name}: y_{split} is {y.dtype} {y.shape}, expected int64 ({len(x)},)" + " and at least one label" * (len(y) == 0))
 
@@ -92,6 +94,8 @@ class Dataset:
         names = tuple(map(str, self.class_names)) or tuple(str(k) for k in range(labels.max() + 1))
         if labels.min() < 0 or labels.max() >= len(names):
             raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}, expected 0 to {len(names) - 1}")
+        if labels.min() > 0 and len(self.class_names) == 0:
+            raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}: they count from 0, or classes have names")
         images = self.x_train if len(self.x_train) else self.x_test
         pixels = images.reshape(-1, images.shape[-1])
         mean, std = channel_statistics(pixels) if len(self.mean) == 0 or len(self.std) == 0 else (self.mean, self.std)
@@ -205,7 +209,7 @@ def read_archive(path):
             arrays = {key: archive[key] for key in archive.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path} is damaged or not an .npz archive ({error}): delete it and load the data set again") from error
-    required, optional = ["x_train", "y_train", "x_test", "y_test"], ["class_names", "mean", "std"]
+    required, optional = ["x_train", "y_train", "x_test", "y_test"], ["class_names", "mean", "std", "flip"]
     if {"x_test", "y_test"} <= {*arrays} and not {"x_train", "y_train"} & {*arrays}:  # only to test on
         arrays |= dict(x_train=arrays["x_test"][:0], y_train=arrays["y_test"][:0])
     missing = [key for key in required if key not in arrays]
@@ -241,6 +245,8 @@ def load_dataset(
         return read_archive(name) if name.endswith(".npz") else read_folder(name)
     path = Path(data_dir) / f"{name}.npz"
     if not path.exists():
+        if name not in OFFICIAL and Path(name).is_dir():
+            raise ValueError(f"{name} is a folder: with a slash, {name}/, its images are read")
         one_of(name, ["digits", *OFFICIAL, *sorted({p.stem for p in path.parent.glob("[!.]*.npz")} - {*OFFICIAL})], "data set")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

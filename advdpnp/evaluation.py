@@ -207,8 +207,9 @@ def report(
         lines.append(f"| {name} | {m['accuracy']:.2f} | {m['low']:.1f} to {m['high']:.1f} | {m['n']} |")
         lines += [f"| … after {stage} | {left:.2f} | | |" for stage, left in m.get("stages", {}).items()]
     if "checks" in record:
-        bad = failed(record["checks"])
-        lines += ["", f"{len(bad)} of {len(record['checks'])} sanity checks failed" + (f": {', '.join(bad)}." if bad else "."), "",
+        bad, left_out = failed(record["checks"]), [check["name"] for check in record["checks"] if check["passed"] is None]
+        lines += ["", f"{len(bad)} of {len(record['checks']) - len(left_out)} sanity checks failed" + (f": {', '.join(bad)}." if bad else ".")
+                  + (f" Not run: {', '.join(left_out)}." if left_out else ""), "",
                   "| check | | found | expected |", "|---|---|---|---|"]
         for check in record["checks"]:
             verdict = {True: "ok", False: "**failed**", None: "not run"}[check["passed"]]

@@ -99,7 +99,11 @@ class Classifier(nn.Module):
         x: torch.Tensor,  # (B, C, H, W) in [0, 1]
     ) -> torch.Tensor:  # (B, d)
         "The features of images."
-        return self.backbone((x - self.mean) / self.std).to(self.mean.dtype)
+        features, d = self.backbone((x - self.mean) / self.std), getattr(self.head, "in_features", None)
+        if features.ndim != 2 or d not in (None, features.shape[1]):
+            name, shape = type(self.backbone).__name__, tuple(features.shape)
+            raise ValueError(f"{name} returns features {shape}, expected ({len(x)}, {d or 'd'}): a timm model returns them if it is made with num_classes=0")
+        return features.to(self.mean.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "The logits of images."

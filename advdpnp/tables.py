@@ -11,6 +11,7 @@ __all__ = ['TABLES', 'KINDS', 'FEW', 'ROWS', 'LABELS', 'GEOMETRY', 'ANGLES', 'TE
            'draw_tradeoff']
 
 # %% ../nbs/85_tables.ipynb #c002
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -494,7 +495,9 @@ def draw_training(records):
         history = pd.DataFrame(r["history"])
         ax.plot(history["epoch"], history["clean"], ls="--", lw=1, color=colour)
         ax.plot(history["epoch"], history["robust"], color=colour, label=r["method"])
-        ax.scatter(r["best"]["epoch"], history["robust"][r["best"]["epoch"] - 1], color=colour, zorder=3)
+        chosen_by = "clean" if " by clean " in r["selection"] else "robust"
+        ax.scatter(r["best"]["epoch"], history[chosen_by][r["best"]["epoch"] - 1], color=colour, zorder=3)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(-2, 102))
     _legend(ax)
     return figure
@@ -619,16 +622,18 @@ KNOBS = dict(beta="β", consistency="λ", clean_weight="w")  # on a picture
 
 def draw_tradeoff(records):
     "Worst-case against clean accuracy, and the front of each method: a figure."
-    figure, ax = plt.subplots(figsize=(7.5, 4.2))
-    for (method, runs), colour in zip(_by_method(records).items(), sns.color_palette()):
+    figure, ax = plt.subplots(figsize=(7.5, 4.8))
+    sides = itertools.cycle([((6, 3), "left"), ((0, 9), "center"), ((6, 3), "left"), ((-6, -16), "right"), ((7, 1), "left")])  # of a point, for what it is: another for each front
+    for (method, runs), colour, (aside, alignment) in zip(_by_method(records).items(), sns.color_palette(), sides):
         rows = over_seeds(tradeoff_rows(runs))
         points, firsts = rows[["clean", "worst"]].to_numpy(), [seeds[0] for seeds in grouped(runs).values()]
         reach = np.abs([[[r[which][end] - r[which]["accuracy"] for r in firsts] for end in ("low", "high")] for which in ("clean", "worst")])
-        ax.errorbar(*points.T, xerr=reach[0], yerr=reach[1], fmt="o", ms=4, lw=0.5, color=colour, alpha=0.4)
-        ax.plot(*points[hull(points)].T, color=colour, lw=2, marker="o", ms=6, label=method)
-        for row, point in zip(rows["method"], points):
+        ax.errorbar(*points.T, xerr=reach[0], yerr=reach[1], fmt="o", ms=4, lw=0.5, color=colour, alpha=0.3)
+        front = hull(points)
+        ax.plot(*points[front].T, color=colour, lw=2, marker="o", ms=6, label=method)
+        for row, point in zip(rows["method"][front], points[front]):
             knob = re.sub(r"^\w+(?==)", lambda name: KNOBS.get(name[0], name[0]), row.removeprefix(method).lstrip())
-            ax.annotate(knob, point, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
+            ax.annotate(knob, point, xytext=aside, textcoords="offset points", ha=alignment, fontsize=8, color=colour)
     ax.set(xlabel="clean accuracy (%)", ylabel="worst-case accuracy (%)")
     _legend(ax)
     return figure
