@@ -28,7 +28,7 @@ notebooks: .venv/installed
 	$(MAKE) readme
 
 readme: .venv/installed
-	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | sed 's#\.\./data/#data/#g; s#(\([0-9a-z_]*\.ipynb\))#(nbs/\1)#g; /^```$$/{N;s/^```\nfrom /```python\nfrom /}' | cat -s > README.md
+	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | sed 's#\.\./data/#data/#g; s#(\([0-9a-z_]*\.ipynb\))#(nbs/\1)#g; /^```$$/{N;s/^```\n\(from\|import\) /```python\n\1 /}' | cat -s > README.md
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "advdpnp needs Python 3.10 or newer, this is " + sys.version)'
