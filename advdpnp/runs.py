@@ -475,6 +475,15 @@ def _left(deadline):
     return None if deadline is None else max(0.0, deadline - time.time())
 
 
+def _other_sittings(folder, made):
+    "What the earlier sittings of a run were made with, where it is not what this one is made with; this one is added."
+    path, made = folder / "sittings.json", {key: value for key, value in made.items() if key != "peak_memory_bytes"}
+    others = [sitting for sitting in (read_json(path) if path.exists() else []) if sitting != made]
+    with replacing(path) as part:
+        part.write_text(json.dumps([*others, made], indent=1))
+    return others
+
+
 class Ledger(Runs):
     "Runs that are finished, half done and missing, and how to get them finished."
 
@@ -493,11 +502,13 @@ class Ledger(Runs):
         with one_thread(self.device):
             trainer = self.trainer(config)  # a configuration that cannot be leaves no folder behind
             with at_work(self.folder(config)) if first else nullcontext():
+                others = _other_sittings(self.folder(config), provenance(self.device) | dict(processes=processes)) if first else []
                 if not trainer.fit(time_limit):
                     return False
             if first:
+                made = provenance(self.device) | dict(processes=processes) | (dict(others=others) if others else {})
                 with replacing(self.folder(config) / "trained.json") as part:
-                    part.write_text(json.dumps(provenance(self.device) | dict(processes=processes), indent=1))
+                    part.write_text(json.dumps(made, indent=1))
         return True
 
     def measure(

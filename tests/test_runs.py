@@ -127,6 +127,17 @@ def test_a_run_is_one_process_s_until_that_is_gone(tmp_path):
         assert worker(tmp_path).startswith(f"process {os.getpid()} on ")
 
 
+def test_a_run_says_what_each_of_its_sittings_was_made_with(tmp_path, monkeypatch):
+    ledger, config = Ledger(tmp_path, "cpu", quiet=True), make_config("standard", "quick", device="cpu", **FEW)
+    real, where = advdpnp.runs.provenance, ["another processor"]
+    monkeypatch.setattr(advdpnp.runs, "provenance", lambda device: real(device) | dict(device=where[0]))
+    assert not ledger.train(config, 1e-9)
+    where[0] = "this processor"
+    assert not ledger.train(config, 1e-9) and not ledger.train(config, 1e-9)
+    assert ledger.run(config)["trained_with"]["device"] == "this processor"
+    assert [sitting["device"] for sitting in ledger.run(config)["trained_with"]["others"]] == ["another processor"]
+
+
 def test_what_is_damaged_or_lost_is_said(tmp_path):
     ledger, config = Ledger(tmp_path, "cpu", quiet=True), make_config("standard", "quick", device="cpu", **FEW)
     ledger.train(config)
