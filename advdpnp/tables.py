@@ -498,7 +498,7 @@ def draw_training(records):
         chosen_by = "clean" if " by clean " in r["selection"] else "robust"
         ax.scatter(r["best"]["epoch"], history[chosen_by][r["best"]["epoch"] - 1], color=colour, zorder=3)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(-2, 102))
+    ax.set(xlabel="epoch", ylabel="held-out accuracy (%)")
     _legend(ax)
     return figure
 
@@ -509,7 +509,7 @@ def draw_budget(records):
     for r, colour in zip(records, _colours(records).values()):
         ax.plot(r["best"]["curve"]["eps"], r["best"]["curve"]["accuracy"], marker="o", ms=4, color=colour, label=r["method"])
     ax.axvline(records[0]["config"]["eps"], color="0.6", ls=":")
-    ax.set(xlabel="ε", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images", ylim=(-2, 102))
+    ax.set(xlabel="ε", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
     _legend(ax)
     return figure
 
