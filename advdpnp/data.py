@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'OFFICIAL', 'one_of', 'check_split', 'channel_statistics', 'Dataset', 'embedded_digits', 'official_arrays',
-           'wrong_files', 'replacing', 'read_json', 'read_archive', 'read_folder', 'load_dataset', 'hold_out',
-           'averaged', 'at_most', 'seed_of', 'seeded', 'seed_globally', 'own_randomness', 'random_crop_flip',
-           'to_float', 'Loader', 'Stream', 'cores', 'pick_device', 'has_fast_bf16']
+           'wrong_files', 'replacing', 'read_json', 'read_archive', 'read_folder', 'is_path', 'load_dataset',
+           'hold_out', 'averaged', 'at_most', 'seed_of', 'seeded', 'seed_globally', 'own_randomness',
+           'random_crop_flip', 'to_float', 'Loader', 'Stream', 'cores', 'pick_device', 'has_fast_bf16']
 
 # %% ../nbs/00_data.ipynb #c003
 import difflib
@@ -234,6 +234,11 @@ def read_folder(path):
     return Dataset(path.resolve().name, x[:0], y[:0], x, y, class_names=tuple(source.classes))
 
 # %% ../nbs/00_data.ipynb #c031
+def is_path(name):
+    "Whether a data set is named by where it lies."
+    return "/" in name or "\\" in name or name.endswith(".npz")
+
+
 def load_dataset(
     name: str,  # "digits", "cifar10", "cifar100", "svhn", or an archive's name in `data_dir`; with a slash, the path of an .npz or a folder of images
     data_dir="data",  # folder of the archives
@@ -241,7 +246,7 @@ def load_dataset(
     "Load a data set from its archive, made from the published files at the first call."
     if name == "digits":
         return embedded_digits()
-    if "/" in name or "\\" in name or name.endswith(".npz"):
+    if is_path(name):
         return read_archive(name) if name.endswith(".npz") else read_folder(name)
     path = Path(data_dir) / f"{name}.npz"
     if not path.exists():
@@ -273,8 +278,8 @@ def hold_out(
     if not dataset.num_classes <= size <= total - dataset.num_classes:
         raise ValueError(f"cannot hold {size} of {total} images out: expected {dataset.num_classes} to {total - dataset.num_classes}")
     counts = np.bincount(dataset.y_train, minlength=dataset.num_classes)
-    if counts.min() < 2:
-        raise ValueError(f"class {counts.argmin()} of {dataset.name} has {counts.min()} training images: expected at least 2, one to hold out")
+    if 1 in counts:
+        raise ValueError(f"class {counts.tolist().index(1)} of {dataset.name} has 1 training image: expected at least 2, one to hold out")
     train, val = train_test_split(np.arange(total), test_size=size, stratify=dataset.y_train, random_state=seed)
     train, val = np.sort(train), np.sort(val)
     return replace(dataset, x_train=dataset.x_train[train], y_train=dataset.y_train[train],

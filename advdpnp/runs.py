@@ -34,7 +34,7 @@ import advdpnp
 from .attacks import PGD, correct, standing_after
 from .baselines import CLEAN_METHODS, METHODS, PROTOTYPE_METHODS, make_net, split_name
 from .corruptions import corrupted_images, corruption_accuracy
-from .data import Loader, at_most, averaged, cores, has_fast_bf16, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
+from .data import Loader, at_most, averaged, cores, has_fast_bf16, is_path, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
 from .evaluation import OtherEvaluation, Resume, accuracy, evaluate, standard_attacks, to_digits
 from .geometry import geometry
 from .parallel import as_the_first_says, share
@@ -101,7 +101,7 @@ def make_config(
 ) -> dict:  # every value that can change the result
     "The configuration of a run."
     device, dataset = pick_device(device), str(changes.get("dataset", ""))
-    if "/" in dataset or "\\" in dataset or dataset.endswith(".npz"):
+    if is_path(dataset):
         raise ValueError(f"dataset is {dataset!r}: expected a name, such as cifar10, or that of an archive <name>.npz in the data folder")
     if not (_fits("seed", seed, 0) and seed >= 0):
         raise ValueError(f"seed is {seed!r}: expected a whole number, 0 or more")
@@ -499,16 +499,16 @@ class Ledger(Runs):
             return False
         _forget_peak(self.device)
         first, processes = share()[0] == 0, share()[1]
+        made = lambda: provenance(self.device) | dict(processes=processes)
         with one_thread(self.device):
             trainer = self.trainer(config)  # a configuration that cannot be leaves no folder behind
             with at_work(self.folder(config)) if first else nullcontext():
-                others = _other_sittings(self.folder(config), provenance(self.device) | dict(processes=processes)) if first else []
+                others = _other_sittings(self.folder(config), made()) if first else []
                 if not trainer.fit(time_limit):
                     return False
             if first:
-                made = provenance(self.device) | dict(processes=processes) | (dict(others=others) if others else {})
                 with replacing(self.folder(config) / "trained.json") as part:
-                    part.write_text(json.dumps(made, indent=1))
+                    part.write_text(json.dumps(made() | (dict(others=others) if others else {}), indent=1))
         return True
 
     def measure(

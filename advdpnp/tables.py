@@ -24,7 +24,7 @@ import seaborn as sns
 import torch
 
 from .attacks import PGD
-from .baselines import EXTRAS, METHODS
+from .baselines import CLEAN_METHODS, EXTRAS, METHODS, split_name
 from .corruptions import GROUPS
 from .data import one_of, read_json, replacing, to_float
 from .evaluation import from_digits
@@ -495,9 +495,9 @@ def draw_training(records):
         history = pd.DataFrame(r["history"])
         ax.plot(history["epoch"], history["clean"], ls="--", lw=1, color=colour)
         ax.plot(history["epoch"], history["robust"], color=colour, label=r["method"])
-        chosen_by = "clean" if " by clean " in r["selection"] else "robust"
+        chosen_by = "clean" if split_name(r["config"]["method"])[0] in CLEAN_METHODS else "robust"
         ax.scatter(r["best"]["epoch"], history[chosen_by][r["best"]["epoch"] - 1], color=colour, zorder=3)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.set(xlabel="epoch", ylabel="held-out accuracy (%)")
     _legend(ax)
     return figure
@@ -623,7 +623,7 @@ KNOBS = dict(beta="β", consistency="λ", clean_weight="w")  # on a picture
 def draw_tradeoff(records):
     "Worst-case against clean accuracy, and the front of each method: a figure."
     figure, ax = plt.subplots(figsize=(7.5, 4.8))
-    sides = itertools.cycle([((6, 3), "left"), ((0, 9), "center"), ((6, 3), "left"), ((-6, -16), "right"), ((7, 1), "left")])  # of a point, for what it is: another for each front
+    sides = itertools.cycle([((6, 3), "left"), ((0, 9), "center"), ((6, 3), "left"), ((-6, -16), "right"), ((7, 1), "left")])  # where a point's setting is written: on another side for each front
     for (method, runs), colour, (aside, alignment) in zip(_by_method(records).items(), sns.color_palette(), sides):
         rows = over_seeds(tradeoff_rows(runs))
         points, firsts = rows[["clean", "worst"]].to_numpy(), [seeds[0] for seeds in grouped(runs).values()]

@@ -16,6 +16,7 @@ from .attacks import PGD, correct, standing_after
 from .data import Loader, one_of, read_json, replacing
 from .evaluation import accuracy
 from .runs import Ledger, load_checkpoint, provenance, sha256_of
+from .sanity import failed
 from .tables import LABELS, interval, markdown
 
 # %% ../nbs/87_weights.ipynb #c005
@@ -58,7 +59,6 @@ def card(
     cell = lambda m: f"{m['accuracy']:.1f} {interval(m)}"
     lines = [["", *(LABELS[metric] for metric in metrics)], ["the run", *(cell(m) for m in metrics.values())], ["images", *(str(m["n"]) for m in metrics.values())],
              [f"as published, {rounded['clean']['n']} images", *(cell(rounded[metric]) if metric in ("clean", "pgd20") else "–" for metric in metrics)]]
-    failed = [check["name"] for check in best["checks"] if check["passed"] is False]
     size = (f", a stratified {config['train_images']:,} of its training images" if config["train_images"] else "") + (f", averaged to {side}×{side} pixels" if side else "")
     changes = "".join(f", {key} {config[key]}" for key in config["changes"])
     return f"""---
@@ -81,7 +81,7 @@ Accuracy in per cent with 95% intervals over test images, linf, ε = {config["ep
 
 {markdown(lines)}
 
-The last line is of these weights, rounded to half precision, on the first {rounded["clean"]["n"]} test images; rounding moved no accuracy by more than half a point, the rest of the difference is the choice of images. Sanity checks that failed: {", ".join(failed) or "none"}.
+The last line is of these weights, rounded to half precision, on the first {rounded["clean"]["n"]} test images; rounding moved no accuracy by more than half a point, the rest of the difference is the choice of images. Sanity checks that failed: {", ".join(failed(best["checks"])) or "none"}.
 
 Not for: anything that people depend on. The network shows a method; of the attacked images, {100 - metrics["worst"]["accuracy"]:.0f}% fool it, and budgets and changes of other kinds were not tried.
 

@@ -127,6 +127,16 @@ def test_a_run_is_one_process_s_until_that_is_gone(tmp_path):
         assert worker(tmp_path).startswith(f"process {os.getpid()} on ")
 
 
+def test_the_process_of_another_user_is_alive(tmp_path, monkeypatch):
+    (tmp_path / "running").write_text("process 1 on this machine")
+
+    def lock(path, timeout):
+        raise PermissionError
+
+    monkeypatch.setattr(advdpnp.runs, "FileLock", lock)
+    assert worker(tmp_path) == "process 1 on this machine"
+
+
 def test_a_run_says_what_each_of_its_sittings_was_made_with(tmp_path, monkeypatch):
     ledger, config = Ledger(tmp_path, "cpu", quiet=True), make_config("standard", "quick", device="cpu", **FEW)
     real, where = advdpnp.runs.provenance, ["another processor"]
