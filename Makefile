@@ -2,6 +2,7 @@
 PYTHON ?= python3
 # Small networks: more threads would cost more than they give, and outputs should not depend on their number.
 ONE_THREAD = OMP_NUM_THREADS=1
+README ?= README.md
 
 .PHONY: table1 benchmark test notebooks readme clean
 table1: .venv/installed
@@ -28,7 +29,7 @@ notebooks: .venv/installed
 	$(MAKE) readme
 
 readme: .venv/installed
-	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | sed 's#\.\./data/#data/#g; s#(\([0-9a-z_]*\.ipynb\))#(nbs/\1)#g; /^```$$/{N;s/^```\n\(from\|import\) /```python\n\1 /}' | cat -s > README.md
+	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | sed 's#\.\./data/#data/#g; s#(\([0-9a-z_]*\.ipynb\))#(nbs/\1)#g; /^```$$/{N;s/^```\n\(from\|import\) /```python\n\1 /}' | cat -s > $(README)
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "advdpnp needs Python 3.10 or newer, this is " + sys.version)'

@@ -56,7 +56,7 @@ class ThreatModel:
         x_adv: torch.Tensor,  # (B, C, H, W), anything
         x: torch.Tensor,  # (B, C, H, W) in [0, 1]
     ) -> torch.Tensor:  # allowed images; in linf the nearest ones
-        "Back into the ball around `x`, then into [0, 1], which leaves the ball to nobody."
+        "Back into the ball around `x`, then clamped to [0, 1], which cannot leave the ball."
         if self.norm == "linf":
             return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp(0, 1)
         moved = x_adv - x
@@ -284,8 +284,11 @@ def ascend(
     return x_adv
 
 # %% ../nbs/40_attacks.ipynb #c020
-def cross_entropy(logits, y):
-    "Cross-entropy of each image: (B,)."
+def cross_entropy(
+    logits: torch.Tensor,  # (B, K)
+    y: torch.Tensor,  # (B,)
+) -> torch.Tensor:  # (B,)
+    "Cross-entropy of each image."
     return F.cross_entropy(logits, y, reduction="none")
 
 
@@ -337,7 +340,9 @@ def evenly(
     return model(torch.cat([x, x[:1].expand(spare, -1, -1, -1)]))[: len(x)] if spare else model(x)
 
 
-def on_logits(loss):
+def on_logits(
+    loss,  # (logits, y) to what to increase (B,)
+):
     "An objective, (model, x_adv, y) to logits (B, K) and what to increase (B,), from a loss on logits."
 
     def objective(model, x_adv, y):
@@ -504,8 +509,11 @@ def all_logits(
     return torch.cat(logits)
 
 
-def correct(model, loader):
-    "Which images are classified correctly: (N,) bool."
+def correct(
+    model: nn.Module,  # images in [0, 1] to logits
+    loader: Loader,
+) -> torch.Tensor:  # (N,) bool, on the CPU
+    "Which images are classified correctly."
     return all_logits(model, loader).argmax(1) == loader.y.cpu()
 
 # %% ../nbs/40_attacks.ipynb #c039
@@ -534,7 +542,11 @@ def close_bar(bar, summary):
     bar.close()
 
 # %% ../nbs/40_attacks.ipynb #c042
-def check_inside(x_adv, x, attack):
+def check_inside(
+    x_adv: torch.Tensor,  # (B, C, H, W)
+    x: torch.Tensor,  # (B, C, H, W)
+    attack,  # with `eps`, and a `norm` if it is not linf
+):
     "Raise a RuntimeError if an attack has left its ball or [0, 1]: its number would mean nothing."
     far = ThreatModel(attack.eps, getattr(attack, "norm", "linf")).length(x_adv - x).max().item()
     if not (far <= attack.eps * (1 + 1e-5) + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1):

@@ -38,6 +38,9 @@ class Search(Attack):
 
     def __post_init__(self):
         self.threat  # a ValueError if there is no such threat model
+        for name in ("steps", "targets", "queries"):
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
 
     @property
     def threat(self):
@@ -117,8 +120,12 @@ def apgd(
     return found, r.index
 
 # %% ../nbs/45_autoattack.ipynb #c015
-def rise_of(logits, target, y):
-    "By how much the logit of `target` leads that of `y`: (B,)."
+def rise_of(
+    logits: torch.Tensor,  # (B, K)
+    target: torch.Tensor,  # (B,)
+    y: torch.Tensor,  # (B,)
+) -> torch.Tensor:  # (B,)
+    "By how much the logit of `target` leads that of `y`."
     return logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
 
 
@@ -127,11 +134,11 @@ def targeted_dlr(
     y: torch.Tensor,  # (B,)
     target: torch.Tensor,  # (B,), another class
 ) -> torch.Tensor:  # (B,)
-    "Targeted difference of logits ratio (Croce & Hein, ICML 2020); with three and two classes, what is left of it."
+    "Targeted difference of logits ratio (Croce & Hein, ICML 2020); with fewer than four classes, its numerator."
     rise = rise_of(logits, target, y)
-    if logits.shape[1] == 2:
+    if logits.shape[1] < 4:
         return rise
-    top = logits.topk(min(4, logits.shape[1]), dim=1).values
+    top = logits.topk(4, dim=1).values
     return rise / (top[:, 0] - top[:, 2:].mean(1)).clamp(min=1e-12)
 
 
@@ -338,7 +345,11 @@ def push_square(
     return z
 
 
-def move_budget(r, eps, square):
+def move_budget(
+    r: Rows,  # x and z: the images as they were and now (B, C, H, W)
+    eps: float,
+    square: tuple,  # from `draw_square`
+) -> torch.Tensor:  # (B, C, H, W)
     "Move what one window has of the l2 budget to another, in the form of a bump."
     side, to, taken, flat, signs = square
     to, taken = window(side, to), window(side, taken)
@@ -354,7 +365,11 @@ def move_budget(r, eps, square):
     return (r.x + eps * delta / per_image(delta.flatten(1).norm(dim=1).clamp(min=1e-12))).clamp(0, 1)
 
 # %% ../nbs/45_autoattack.ipynb #c030
-def first_squares(x, threat, generator):
+def first_squares(
+    x: torch.Tensor,  # (B, C, H, W) in [0, 1]
+    threat: ThreatModel,
+    generator: torch.Generator,
+) -> torch.Tensor:  # (B, C, H, W)
     "Where Square starts: stripes in linf, a tiling with bumps in l2."
     b, c, h, w = x.shape
     coin = lambda *shape: torch.randint(2, shape, generator=generator, device=x.device) * 2.0 - 1

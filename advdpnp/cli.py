@@ -242,11 +242,12 @@ def train(
             return  # the first process measures
         record = ledger.measure(config, left()) if ledger.trained(config) else None
     if record is None:
-        typer.echo(f"time is up: {' '.join(status(ledger.folder(config)))}; the same command goes on")
+        typer.echo(f"time is up: {' '.join(status(ledger.folder(config))).strip()}; the same command goes on")
     else:
         typer.echo(f"{method} on {config['dataset']}, best epoch {record['best']['epoch']}, seed {seed}")
         Console().print(Markdown(report(record["best"])))
-    typer.echo(ledger.folder(config))
+    if ledger.folder(config).exists():
+        typer.echo(ledger.folder(config))
 
 # %% ../nbs/90_cli.ipynb #c024
 @app.command()
@@ -263,7 +264,8 @@ def runs(
         from advdpnp.runs import status
 
         folders = sorted(path.parent for path in (data_dir / "runs").glob("*/*/config.json"))
-        lines = [(str(folder.relative_to(data_dir / "adopted")), "adopted", "measured elsewhere") for folder in sorted({path.parent for path in (data_dir / "adopted").glob("*/*/*.json")})]
+        kinds = lambda folder: ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+        lines = [(str(folder.relative_to(data_dir / "adopted")), "adopted", f"measured elsewhere: {kinds(folder)}") for folder in sorted({path.parent for path in (data_dir / "adopted").glob("*/*/*.json")})]
         lines += [(str(folder.relative_to(data_dir / "runs")), *status(folder)) for folder in folders]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
@@ -277,8 +279,8 @@ def table(
     number: Annotated[int, typer.Argument(help="1: CIFAR-10, 2: CIFAR-100, 3: SVHN, 4: corruptions, 5: geometry of features, 6: ablation, 7: clean against robust accuracy.")],
     preset: Annotated[str, typer.Option(help="quick, small, fast or paper; auto: paper with a GPU, quick without.")] = "auto",
     dataset: Annotated[str, typer.Option(help="Another data set than the table's.")] = "",
-    methods: Annotated[str, typer.Option(help="With commas; each may have +AWP or +EMA behind it; in tables 6 and 7, rows. Default: all, or what the preset has time for.")] = "",
-    seeds: Annotated[str, typer.Option(help="Such as 0,1,2. Default: those three for paper and for small CIFAR-10, 0 for the others.")] = "auto",
+    methods: Annotated[str, typer.Option(help="Comma-separated methods, each with +AWP or +EMA behind it if wanted; in tables 6 and 7, rows. Default: all, or what the preset has time for.")] = "",
+    seeds: Annotated[str, typer.Option(help="Such as 0,1,2. Default: those three for paper, and for tables 1, 4 and 5 at small; 0 for the others.")] = "auto",
     time_limit: Annotated[Optional[str], typer.Option(help="Stop in time with everything saved: 90s, 9m, 1h30m.")] = None,
     jobs: Annotated[str, typer.Option(help="Runs side by side, one thread each; auto: one on a GPU, else one a core.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",

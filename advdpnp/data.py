@@ -49,7 +49,12 @@ def one_of(
     raise ValueError(f"unknown {what} {value!r}{guess}{there_are}")
 
 # %% ../nbs/00_data.ipynb #c009
-def check_split(name, split, x, y):
+def check_split(
+    name: str,  # of the data set, for the message
+    split: str,  # "train" or "test"
+    x: np.ndarray,  # images
+    y: np.ndarray,  # labels
+):
     "Raise a ValueError if images or labels are not of the type and shape that `Dataset` holds."
     if x.dtype != np.uint8 or x.ndim != 4:
         raise ValueError(f"{name}: x_{split} is {x.dtype} {x.shape}, expected uint8 (N, H, W, C)")
@@ -218,8 +223,10 @@ def read_archive(path):
     return Dataset(path.stem, **{key: arrays[key] for key in required + optional if key in arrays})
 
 
-def read_folder(path):
-    "Images to test on, from a folder with one sub-folder a class; all of one size, grey if all are, and in alphabetical order."
+def read_folder(
+    path,  # of a folder with one sub-folder a class
+) -> Dataset:  # without training images; grey if all images are
+    "Images to test on, in alphabetical order; a ValueError if they are not all of one size."
     path = Path(path)
     try:
         source = ImageFolder(path, loader=PIL.Image.open)
@@ -270,11 +277,13 @@ def hold_out(
     size: int | None = None,  # images to hold out; None: a tenth of the training images, at most 1,000
     seed: int = 0,  # of the split alone: every method and every training seed shares it
 ) -> Dataset:  # the remaining training images, and the held-out ones as its test images
-    "Split a stratified validation set off the training images; the test images are left out."
+    "Split a stratified validation set off the training images, or raise a ValueError if there are too few; the test images are left out."
     total = len(dataset.x_train)
     if total == 0:
         raise ValueError(f"{dataset.name} has no training images")
     size = min(total // 10, 1000) if size is None else size
+    if total < 2 * dataset.num_classes:
+        raise ValueError(f"{dataset.name} has {total} training images: expected at least two of each of {dataset.num_classes} classes")
     if not dataset.num_classes <= size <= total - dataset.num_classes:
         raise ValueError(f"cannot hold {size} of {total} images out: expected {dataset.num_classes} to {total - dataset.num_classes}")
     counts = np.bincount(dataset.y_train, minlength=dataset.num_classes)
@@ -457,7 +466,7 @@ class Stream:
         getattr(getattr(self.batches, "sampler", None), "set_epoch", lambda _: None)(epoch)
         self._seed(epoch, 0)
         for i, (x, y) in enumerate(self.batches):
-            if i == start and (x.ndim != 4 or (x.is_floating_point() and not 0 <= x.min() <= x.max() <= 1)):
+            if i == start and (x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point() and 0 <= x.min() <= x.max() <= 1)):
                 raise ValueError(f"a batch of the stream is {x.dtype} {tuple(x.shape)} from {x.min():.4g} to {x.max():.4g}, "
                                  "expected (B, C, H, W), uint8 or floats in [0, 1]: normalise inside the model")
             if i >= start:
@@ -476,7 +485,10 @@ def pick_device(
 ) -> torch.device:
     "The device to run on; a RuntimeError if it is not there."
     available = torch.cuda.is_available()
-    device = torch.device(("cuda" if available else "cpu") if device == "auto" else device)
+    try:
+        device = torch.device(("cuda" if available else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: expected auto, cpu, cuda, or cuda:1 and so on") from error
     if device.type == "cuda" and not available:
         raise RuntimeError(f"device is {str(device)!r} but this PyTorch ({torch.__version__}) sees no GPU: expected 'cpu' or 'auto'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -29,13 +29,13 @@ def wilson(
     n: int,
     level: float = 0.95,
 ) -> tuple[float, float]:  # low and high, in [0, 1]
-    "Wilson's confidence interval of a proportion."
+    "Wilson's confidence interval of a proportion; a ValueError if there is none."
     if not 0 <= correct <= n or n == 0:
         raise ValueError(f"{correct} of {n} is no proportion")
     z = norm.ppf((1 + level) / 2)
     centre = (correct + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * math.sqrt(correct * (n - correct) / n + z**2 / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 # %% ../nbs/60_evaluation.ipynb #c008
 def standard_attacks(
@@ -143,7 +143,7 @@ def evaluate(
     quiet: bool = False,  # no progress bars
     title: str = "",  # before the attacks' names on the bars
 ) -> dict:  # dataset, data_sha256, n, device, seconds; metrics by name; logits; checks with curve and path
-    "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it."
+    "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it. A ValueError if model, data and attacks do not go together."
     began, names = time.monotonic(), [attack.name for attack in attacks]
     if len(set(names)) < len(names):
         raise ValueError(f"attacks named {', '.join(names)}: expected different names")
@@ -193,8 +193,9 @@ def evaluate(
         few = Loader(x[:n], y[:n], batch_size, device=device)
         seen = {name: v[:n] for name, v in verdicts.items()}
         seen["worst"] = torch.stack(list(seen.values())).all(0)
-        strongest = max(attacks, key=lambda a: a.eps)
-        record |= sanity(model, few, seen, PGD(strongest.eps, norm=getattr(strongest, "norm", "linf")), stages, twin)
+        strongest = max([a for a in attacks if type(a) is PGD] or attacks, key=lambda a: a.eps)
+        trusted = strongest if type(strongest) is PGD else PGD(strongest.eps, norm=getattr(strongest, "norm", "linf"))
+        record |= sanity(model, few, seen, trusted, stages, twin)
     return record | dict(seconds=round(kept.seconds, 2))
 
 # %% ../nbs/60_evaluation.ipynb #c025

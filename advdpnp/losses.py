@@ -7,6 +7,7 @@ __all__ = ['REPULSIONS', 'CONSISTENCIES', 'positive_alignment', 'negative_repuls
            'mean_repulsion', 'half_distance', 'Supervised', 'AdvDPNPLoss']
 
 # %% ../nbs/30_losses.ipynb #c002
+import math
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,10 @@ class Supervised:
 
     label_smoothing: float = 0.0  # share of the target that is spread evenly over all classes, 0 to 1
 
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}: expected 0 to 1")
+
     def cross_entropy(self, logits, labels):
         "Mean over the batch."
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -106,6 +111,10 @@ class AdvDPNPLoss(Supervised):
     consistency_form: str = "kl"  # or "logits", "features"
 
     def __post_init__(self):
+        super().__post_init__()
+        for name in ("alignment", "repulsion", "consistency", "clean_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite weight, 0 or more")
         one_of(self.repulsion_form, REPULSIONS, "form of repulsion")
         one_of(self.consistency_form, CONSISTENCIES, "form of consistency")
 

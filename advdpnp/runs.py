@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'RECORDS', 'budget_of', 'make_config', 'config_hash',
-           'check_parameters', 'provenance', 'one_thread', 'sha256_of', 'load_checkpoint', 'at_work', 'worker',
-           'status', 'settled', 'Runs', 'of_settings', 'title', 'attacks_of', 'attacked', 'first_images',
+           'check_parameters', 'processor', 'provenance', 'one_thread', 'sha256_of', 'load_checkpoint', 'at_work',
+           'worker', 'status', 'settled', 'Runs', 'of_settings', 'title', 'attacks_of', 'attacked', 'first_images',
            'under_corruptions', 'shape_of_features', 'tradeoff', 'of_best', 'Ledger', 'share_work', 'do_alone']
 
 # %% ../nbs/80_runs.ipynb #c002
@@ -17,6 +17,7 @@ import multiprocessing
 import numbers
 import os
 import platform
+import re
 import subprocess
 import threading
 import time
@@ -126,6 +127,9 @@ def make_config(
     of_machine = PRESETS[preset]["precision"] == "bf16"  # so that asking for a precision is a change, even if it is what this machine would take
     changes = {key: value for key, value in changes.items() if value != config[key] or (key, of_machine) == ("precision", True)}
     config |= {key: value.item() if hasattr(value, "item") else value for key, value in changes.items()}  # NumPy's numbers are no JSON
+    for key, value in config.items():
+        if (key.endswith("images") or key in ("side", "val_size")) and value is not None and value < 1:
+            raise ValueError(f"{key} is {value}: expected at least 1")
     return dict(method=method, preset=preset, seed=seed, **config, changes=sorted({*changes} - {"dataset", "arch"}))
 
 
@@ -144,7 +148,17 @@ def check_parameters(
             one_of(name, known, "parameter")
 
 # %% ../nbs/80_runs.ipynb #c014
-def provenance(device):
+def processor() -> str:
+    "The name of this machine's processor, and the widest instructions that PyTorch uses of it."
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+    extras = [name for name, has in (("AMX", torch.cpu._is_amx_tile_supported()), ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported())) if has]
+    return ", ".join([found[1] if found else platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability(), *extras])
+
+
+def provenance(
+    device: torch.device,
+) -> dict:
     "What a number was made with: versions, commit, hardware."
     git = lambda *words: subprocess.run(["git", *words], cwd=Path(advdpnp.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     try:
@@ -154,7 +168,7 @@ def provenance(device):
         commit = None
     gpu = device.type == "cuda"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
-    return dict(version=advdpnp.__version__, commit=commit, versions=versions, cuda=torch.version.cuda,
+    return dict(version=advdpnp.__version__, commit=commit, versions=versions, cuda=torch.version.cuda, processor=processor(),
                 device=torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1),
                 tf32=gpu and torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cudnn.conv.fp32_precision == "tf32",  # what a GPU's convolutions in float32 are really in, outside evaluation
                 peak_memory_bytes=torch.cuda.max_memory_allocated(device) if gpu else None)
@@ -443,7 +457,7 @@ def tradeoff(runs, config, deadline):
     net, images = runs.model(config), first_images(runs, config)
     kept = Resume(runs.folder(config) / "tradeoff-best.json", dict(sha256=runs.sha256(config)), deadline)
     clean = worst = correct(net, images)
-    for attack in attacks_of(config)[1:-1]:  # without FGSM, and AutoAttack, which takes ten times as long as the others
+    for attack in (attack for attack in attacks_of(config) if attack.name in ("pgd20", "cw", "prototype")):  # AutoAttack takes ten times as long
         worst = standing_after(net, images, attack, worst, 0, runs.quiet, title(config), kept.begin(attack.name), kept.keeper(attack.name))
     return dict(n=len(clean), seconds=round(kept.seconds, 2), clean=accuracy(clean), worst=accuracy(worst), verdicts=dict(clean=to_digits(clean), worst=to_digits(worst)))
 
@@ -541,12 +555,14 @@ class Ledger(Runs):
         kind: str = "result",  # one of `RECORDS`
     ) -> list[Path]:  # where they are now
         "Take in records: where a run has none of its own, they are read instead. A ValueError for other settings than those of this package."
-        paths = []
+        paths, tell = [], {"result": "best", "corruptions": "accuracy", "geometry": "prototypes", "tradeoff": "verdicts"}[one_of(kind, RECORDS, "record")]
+        if not (isinstance(records, list) and records and all(isinstance(record, dict) and {"config", tell} <= record.keys() for record in records)):
+            raise ValueError(f"these are no records of kind {kind}: expected a list of them, as in the .json beside a table")
         for record in records:
             config = record["config"]
             same = {key: config.get(key) for key in ("dataset", "arch", *config["changes"])}
             now = make_config(config["method"], config["preset"], config["seed"], self.device, **same)
-            paths.append(self.adopted(now, one_of(kind, RECORDS, "record")))
+            paths.append(self.adopted(now, kind))
             with replacing(paths[-1]) as part:
                 part.write_text(json.dumps(of_settings(record | dict(method=config["method"]), now, f"a record of {title(config)}"), indent=1))
         return paths

@@ -73,7 +73,7 @@ def table_runs(
     preset: str = "auto",
     dataset: str = "",  # empty: the table's own; with the preset quick, the digits
     methods: str = "",  # with commas; in tables 6 and 7, names in `ROWS`; empty: all of them, or what there is time for
-    seeds: str = "auto",  # such as "0, 1, 2"; auto: those three for paper and for small CIFAR-10, 0 for the others
+    seeds: str = "auto",  # such as "0, 1, 2"; auto: those three for paper, and for tables 1, 4 and 5 at small; 0 for the others
     device="auto",
 ) -> list[tuple[str, dict]]:  # a row's name, and a configuration from `make_config`; the first seed's rows first
     "The runs that a table asks for."
@@ -128,14 +128,15 @@ def over_seeds(
 def tabulate(
     records: list[dict],  # from `Ledger.run`, any number of seeds a method
     which: str = "best",  # or "last"
-) -> pd.DataFrame:  # method, then a column a metric in per cent, with <metric>_std beside it, n_seeds, flags
-    "The table of accuracies of some runs, and the sanity checks that failed."
+) -> pd.DataFrame:  # method, then a column a metric in per cent, with <metric>_std beside it, n_seeds, flags, not_run
+    "The table of accuracies of some runs, and the sanity checks that failed or were not run."
     accuracies = [{name: m["accuracy"] for name, m in r[which]["metrics"].items()} for r in records]
     rows = pd.DataFrame(accuracies)[[name for name in LABELS if any(name in found for found in accuracies)]]
     rows.insert(0, "method", [r["method"] for r in records])
     table = over_seeds(rows)
-    flags = {method: [name for r in runs for name in failed(r[which].get("checks", []))] for method, runs in grouped(records).items()}
-    return table.assign(flags=["; ".join(dict.fromkeys(flags[method])) for method in table["method"]])
+    checks = {method: [check for r in runs for check in r[which].get("checks", [])] for method, runs in grouped(records).items()}
+    named = lambda method, passed: "; ".join(dict.fromkeys(check["name"] for check in checks[method] if check["passed"] is passed))
+    return table.assign(flags=[named(method, False) for method in table["method"]], not_run=[named(method, None) for method in table["method"]])
 
 
 def markdown(
@@ -165,7 +166,7 @@ def readable(
             few = f" (n = {', '.join(map(str, sizes(runs, name)))})" if len(sizes(records, name)) > 1 else ""  # not on the same images as the others
             cells.append(f"{row[name]:.1f} {spread}{few}")
         minutes = sum(r["training_seconds"] for r in runs) / len(runs) / 60
-        cells += [row["flags"] or "none", ", ".join(str(r[which]["epoch"]) for r in runs), f"{minutes:.1f}"]
+        cells += [(row["flags"] or "none") + f" (not run: {row['not_run']})" * bool(row["not_run"]), ", ".join(str(r[which]["epoch"]) for r in runs), f"{minutes:.1f}"]
         lines.append(cells)
         notes += [f"- {r['method']}, seed {r['seed']}: {check['name']}: {check['found']}; expected: {check['expected']}."
                   for r in runs for check in r[which].get("checks", []) if check["passed"] is False]
@@ -508,8 +509,13 @@ def draw_budget(records):
     figure, ax = plt.subplots(figsize=(7.5, 3.6))
     for r, colour in zip(records, _colours(records).values()):
         ax.plot(r["best"]["curve"]["eps"], r["best"]["curve"]["accuracy"], marker="o", ms=4, color=colour, label=r["method"])
-    ax.axvline(records[0]["config"]["eps"], color="0.6", ls=":")
-    ax.set(xlabel="ε", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
+    eps = records[0]["config"]["eps"]
+    ax.axvline(eps, color="0.6", ls=":")
+    ax.set_xscale("symlog", linthresh=2 * eps, linscale=2)  # even up to twice eps, then closer and closer
+    ax.set_xticks([0, eps / 2, eps, 2 * eps, *([4 * eps] if 4 * eps < 0.5 else []), 0.5], ["0", "ε/2", "ε", "2ε", *(["4ε"] if 4 * eps < 0.5 else []), "0.5"])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=-1)
+    ax.set(xlabel=f"budget; ε = {eps:.3g}", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
     _legend(ax)
     return figure
 
@@ -521,7 +527,7 @@ def draw_steps(records):
         path = r["best"]["path"]
         axes[0].plot(path["steps"], path["loss"], color=colour)
         axes[1].plot(path["steps"], path["standing"], color=colour, label=r["method"])
-    for ax, label in zip(axes, ("mean cross-entropy", "standing (%)")):
+    for ax, label in zip(axes, ("mean cross-entropy", "robust accuracy (%)")):
         ax.axvline(path["steps"][-1] / 2, color="0.6", ls=":")
         ax.set(xlabel="steps of PGD", ylabel=label)
     axes[0].set(yscale="log")
@@ -545,7 +551,7 @@ def draw_images(
         shown, said = x, y
         if r is not None:
             model = ledger.model(r["config"])
-            shown = PGD(config["eps"])(model, x, y)
+            shown = PGD(config["eps"], config["eval_step_size"])(model, x, y)
             said = model(shown).argmax(1)
         for ax, image, name, true in zip(row, shown.cpu(), said, y):
             ax.imshow(image.permute(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)

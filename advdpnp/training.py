@@ -49,12 +49,16 @@ class AdvDPNP(AdvDPNPLoss):
         return self(net.head, features, adv_features, y)
 
 # %% ../nbs/50_training.ipynb #c016
-def one_cycle(progress):
+def one_cycle(
+    progress: float,  # share of the run that is done, 0 to 1
+) -> float:  # what the peak learning rate is multiplied by
     "Up for the first quarter, then down to zero: the short runs' schedule."
     return progress / 0.25 if progress < 0.25 else (1 - progress) / 0.75
 
 
-def drops(progress):
+def drops(
+    progress: float,  # share of the run that is done, 0 to 1
+) -> float:  # what the peak learning rate is multiplied by
     "Tenfold drops at 100/110 and 105/110 of the run (Pang et al., Bag of Tricks for Adversarial Training, ICLR 2021)."
     return 1.0 if progress < 100 / 110 else 0.1 if progress < 105 / 110 else 0.01
 

@@ -83,7 +83,7 @@ Accuracy in per cent with 95% intervals over test images, linf, ε = {config["ep
 
 The last line is of these weights, rounded to half precision, on the first {rounded["clean"]["n"]} test images; rounding moved no accuracy by more than half a point, the rest of the difference is the choice of images. Sanity checks that failed: {", ".join(failed(best["checks"])) or "none"}.
 
-Not for: anything that people depend on. The network shows a method; of the attacked images, {100 - metrics["worst"]["accuracy"]:.0f}% fool it, and budgets and changes of other kinds were not tried.
+Not for: anything that people depend on. The network shows a method; {100 - metrics["worst"]["accuracy"]:.0f}% of images are misclassified under attack, {100 - metrics["clean"]["accuracy"]:.0f}% without one, and budgets and changes of other kinds were not tried.
 
 - sha256 of `best.safetensors`: `{sha256}`
 - sha256 of the data: `{record["data_sha256"]}`

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from advdpnp.attacks import FGSM, PGD, full_precision
+from advdpnp.attacks import CW, FGSM, PGD, full_precision
 from advdpnp.autoattack import AutoAttack
 from advdpnp.data import Loader
 from advdpnp.evaluation import evaluate, robustbench_info, standard_attacks, wilson
@@ -85,6 +85,15 @@ def test_budget_curve_starts_at_clean_and_ends_at_nothing(net, digits):
     clean = evaluate(net, digits, images=100, quiet=True)["metrics"]["clean"]["accuracy"]
     assert curve["eps"] == [0, 0.1, 0.5] and curve["accuracy"][0] == clean and curve["n"] == 100
     assert clean > 60 and curve["accuracy"][0] > curve["accuracy"][1] > curve["accuracy"][2] and curve["accuracy"][2] < 5
+
+
+def test_sanity_checks_are_of_the_attack_in_the_record(net, digits, monkeypatch):
+    trusted = []
+    monkeypatch.setattr("advdpnp.evaluation.sanity", lambda model, few, seen, attack, *rest: trusted.append(attack) or {})
+    slow = PGD(0.1, step_size=0.01)
+    for attacks in ([FGSM(0.1), slow, CW(0.1)], [PGD(0.05, steps=3), slow], [FGSM(0.3, norm="l2")]):
+        evaluate(net, digits, attacks, images=5, quiet=True)
+    assert trusted == [slow, slow, PGD(0.3, norm="l2")]
 
 
 def test_autoattack_on_fewer_images(net, digits):

@@ -35,6 +35,9 @@ def test_a_run_keeps_the_precision_it_began_with_on_any_machine(tmp_path, machin
     assert ledger.measure(here, kind="tradeoff")["config"]["precision"] == "bf16"
     other = Ledger(tmp_path / "b", "cpu", quiet=True)
     assert len(other.adopt([record])) == 1 and other.result(here) == record
+    for wrong, kind in (([record], "corruptions"), ([], "result"), ({"a": 1}, "result"), ([{"a": 1}], "result")):
+        with pytest.raises(ValueError, match=f"no records of kind {kind}"):
+            other.adopt(wrong, kind)
     asked = make_config("standard", "small", device="cpu", precision="bf16", **TINY)
     assert asked["changes"] != here["changes"] and ledger.result(asked) is None  # who asks for a precision gets a run of its own
 
