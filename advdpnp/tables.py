@@ -512,9 +512,11 @@ def draw_budget(records):
     eps = records[0]["config"]["eps"]
     ax.axvline(eps, color="0.6", ls=":")
     ax.set_xscale("symlog", linthresh=2 * eps, linscale=2)  # even up to twice eps, then closer and closer
-    ax.set_xticks([0, eps / 2, eps, 2 * eps, *([4 * eps] if 4 * eps < 0.5 else []), 0.5], ["0", "ε/2", "ε", "2ε", *(["4ε"] if 4 * eps < 0.5 else []), "0.5"])
+    places = {"0": 0, "ε/2": eps / 2, "ε": eps, "2ε": 2 * eps, "4ε": 4 * eps}
+    places = {name: place for name, place in places.items() if place < 0.3} | {"0.5": 0.5}
+    ax.set_xticks([*places.values()], [*places])
     ax.minorticks_off()
-    ax.set_ylim(bottom=-1)
+    ax.set(xlim=(-eps / 8, 0.53), ylim=(-1, None))
     ax.set(xlabel=f"budget; ε = {eps:.3g}", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
     _legend(ax)
     return figure
@@ -629,7 +631,7 @@ KNOBS = dict(beta="β", consistency="λ", clean_weight="w")  # on a picture
 def draw_tradeoff(records):
     "Worst-case against clean accuracy, and the front of each method: a figure."
     figure, ax = plt.subplots(figsize=(7.5, 4.8))
-    sides = itertools.cycle([((6, 3), "left"), ((0, 9), "center"), ((6, 3), "left"), ((-6, -16), "right"), ((7, 1), "left")])  # where a point's setting is written: on another side for each front
+    sides = itertools.cycle([((9, 9), "left"), ((-12, -36), "right"), ((9, 9), "left"), ((-30, -18), "right"), ((26, 16), "left")])  # where a point's setting is written: on another side for each front
     for (method, runs), colour, (aside, alignment) in zip(_by_method(records).items(), sns.color_palette(), sides):
         rows = over_seeds(tradeoff_rows(runs))
         points, firsts = rows[["clean", "worst"]].to_numpy(), [seeds[0] for seeds in grouped(runs).values()]
@@ -639,7 +641,8 @@ def draw_tradeoff(records):
         ax.plot(*points[front].T, color=colour, lw=2, marker="o", ms=6, label=method)
         for row, point in zip(rows["method"][front], points[front]):
             knob = re.sub(r"^\w+(?==)", lambda name: KNOBS.get(name[0], name[0]), row.removeprefix(method).lstrip())
-            ax.annotate(knob, point, xytext=aside, textcoords="offset points", ha=alignment, fontsize=8, color=colour)
+            ax.annotate(knob, point, xytext=aside, textcoords="offset points", ha=alignment, fontsize=8, color=colour, arrowprops=dict(arrowstyle="-", lw=0.5, color=colour) if knob else None)
+    ax.margins(y=0.12)
     ax.set(xlabel="clean accuracy (%)", ylabel="worst-case accuracy (%)")
     _legend(ax)
     return figure
