@@ -163,7 +163,7 @@ def provenance(
     git = lambda *words: subprocess.run(["git", *words], cwd=Path(advdpnp.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # in a repository, and in its own
-        commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        commit = git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "."))  # of the package: results may lie about changed
     except (OSError, subprocess.CalledProcessError):
         commit = None
     gpu = device.type == "cuda"
