@@ -330,7 +330,7 @@ def adopt(
 
     Example:
 
-        advdpnp adopt data/results/table1.small.partial.json
+        advdpnp adopt data/results/table1.small.json
     """
     with plain_errors():
         from advdpnp.tables import adopt
