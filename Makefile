@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # Small networks: more threads would cost more than they give, and outputs should not depend on their number.
 ONE_THREAD = OMP_NUM_THREADS=1
-README ?= README.md
+README = README.md
 
 .PHONY: table1 benchmark test notebooks readme clean
 table1: .venv/installed

@@ -24,12 +24,11 @@ import seaborn as sns
 import torch
 
 from .attacks import PGD
-from .baselines import CLEAN_METHODS, EXTRAS, METHODS, split_name
+from .baselines import CLEAN_METHODS, METHODS, split_name
 from .corruptions import GROUPS
 from .data import one_of, read_json, replacing, to_float
 from .evaluation import from_digits
 from .runs import Ledger, make_config, status
-from .sanity import failed
 
 # %% ../nbs/85_tables.ipynb #c005
 TABLES = {1: "cifar10", 2: "cifar100", 3: "svhn", 4: "cifar10", 5: "cifar10", 6: "cifar10", 7: "cifar10"}  # what they are about
@@ -516,8 +515,7 @@ def draw_budget(records):
     places = {name: place for name, place in places.items() if place < 0.3} | {"0.5": 0.5}
     ax.set_xticks([*places.values()], [*places])
     ax.minorticks_off()
-    ax.set(xlim=(-eps / 8, 0.53), ylim=(-1, None))
-    ax.set(xlabel=f"budget; ε = {eps:.3g}", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
+    ax.set(xlim=(-eps / 8, 0.53), ylim=(-1, None), xlabel=f"budget; ε = {eps:.3g}", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
     _legend(ax)
     return figure
 
