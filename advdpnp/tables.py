@@ -6,9 +6,9 @@
 __all__ = ['TABLES', 'KINDS', 'FEW', 'ROWS', 'LABELS', 'GEOMETRY', 'ANGLES', 'TEXTS', 'KNOBS', 'table_runs', 'grouped',
            'interval', 'over_seeds', 'tabulate', 'markdown', 'readable', 'published', 'made_with', 'corruption_rows',
            'geometry_rows', 'numbers', 'corruption_text', 'geometry_text', 'hull', 'front_gap', 'tradeoff_rows',
-           'tradeoff_text', 'save_result', 'save', 'Table', 'make_table', 'adopt', 'draw_training', 'draw_budget',
-           'draw_steps', 'draw_images', 'draw_corruptions', 'draw_angles', 'draw_features', 'draw_distances',
-           'draw_tradeoff']
+           'tradeoff_text', 'save_result', 'save', 'Table', 'make_table', 'adopt', 'colours', 'draw_training',
+           'draw_budget', 'draw_steps', 'draw_images', 'draw_corruptions', 'draw_angles', 'draw_features',
+           'draw_distances', 'draw_tradeoff']
 
 # %% ../nbs/85_tables.ipynb #c002
 import itertools
@@ -300,7 +300,7 @@ def front_gap(
     points, least, largest = crossed(np.ones(images))
     draws = random.multinomial(images, np.full(images, 1 / images), resamples)
     low, high = np.percentile([crossed(weights)[0] for weights in draws], [2.5, 97.5])
-    return dict(points=points, low=low, high=high, over=(least, largest))
+    return dict(points=float(points), low=float(low), high=float(high), over=(float(least), float(largest)))
 
 # %% ../nbs/85_tables.ipynb #c013f
 def _by_method(records):
@@ -476,10 +476,13 @@ def adopt(
     return Ledger(data_dir, device, quiet=True).adopt(read_json(path), KINDS.get(int(number), "result"))
 
 # %% ../nbs/85_tables.ipynb #c018
-def _colours(records):
-    "A colour for each method."
-    methods = grouped(records)
-    return dict(zip(methods, sns.color_palette() if len(methods) <= 10 else sns.color_palette("husl", len(methods))))
+def colours(
+    rows,  # names of rows, such as methods
+) -> dict:  # row to colour; every method is there
+    "A colour for each row; a method has the same in every picture."
+    own = dict(zip(METHODS, sns.color_palette()))
+    others = [row for row in dict.fromkeys(rows) if row not in own]
+    return own | dict(zip(others, sns.color_palette("husl", len(others))))
 
 
 def _legend(ax):
@@ -491,8 +494,9 @@ def _legend(ax):
 def draw_training(records):
     "Held-out accuracy after each epoch, one colour a method: a figure."
     figure, ax = plt.subplots(figsize=(7.5, 3.6))
-    for r, colour in zip(records, _colours(records).values()):
-        history = pd.DataFrame(r["history"])
+    of = colours(r["method"] for r in records)
+    for r in records:
+        history, colour = pd.DataFrame(r["history"]), of[r["method"]]
         ax.plot(history["epoch"], history["clean"], ls="--", lw=1, color=colour)
         ax.plot(history["epoch"], history["robust"], color=colour, label=r["method"])
         chosen_by = "clean" if split_name(r["config"]["method"])[0] in CLEAN_METHODS else "robust"
@@ -506,16 +510,18 @@ def draw_training(records):
 def draw_budget(records):
     "Accuracy under PGD-20 against eps, one colour a method: a figure."
     figure, ax = plt.subplots(figsize=(7.5, 3.6))
-    for r, colour in zip(records, _colours(records).values()):
-        ax.plot(r["best"]["curve"]["eps"], r["best"]["curve"]["accuracy"], marker="o", ms=4, color=colour, label=r["method"])
+    of = colours(r["method"] for r in records)
+    for r in records:
+        ax.plot(r["best"]["curve"]["eps"], r["best"]["curve"]["accuracy"], marker="o", ms=4, color=of[r["method"]], label=r["method"])
     eps = records[0]["config"]["eps"]
     ax.axvline(eps, color="0.6", ls=":")
-    ax.set_xscale("symlog", linthresh=2 * eps, linscale=2)  # even up to twice eps, then closer and closer
-    places = {"0": 0, "ε/2": eps / 2, "ε": eps, "2ε": 2 * eps, "4ε": 4 * eps}
-    places = {name: place for name, place in places.items() if place < 0.3} | {"0.5": 0.5}
+    places, bend = {"0": 0, "ε/2": eps / 2, "ε": eps, "2ε": 2 * eps, "4ε": 4 * eps}, 4 * eps < 0.5
+    if bend:
+        ax.set_xscale("symlog", linthresh=2 * eps, linscale=2)
+    places = {name: place for name, place in places.items() if place < (0.3 if bend else 0.45)} | {"0.5": 0.5}
     ax.set_xticks([*places.values()], [*places])
     ax.minorticks_off()
-    ax.set(xlim=(-eps / 8, 0.53), ylim=(-1, None), xlabel=f"budget; ε = {eps:.3g}", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
+    ax.set(xlim=(-eps / 8, 0.53), ylim=(-1, None), xlabel=f"budget; ε = {eps:.3g}" + bend * "; logarithmic from 2ε", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
     _legend(ax)
     return figure
 
@@ -523,8 +529,9 @@ def draw_budget(records):
 def draw_steps(records):
     "Cross-entropy, and images that stand, against steps of PGD: a figure."
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for r, colour in zip(records, _colours(records).values()):
-        path = r["best"]["path"]
+    of = colours(r["method"] for r in records)
+    for r in records:
+        path, colour = r["best"]["path"], of[r["method"]]
         axes[0].plot(path["steps"], path["loss"], color=colour)
         axes[1].plot(path["steps"], path["standing"], color=colour, label=r["method"])
     for ax, label in zip(axes, ("mean cross-entropy", "robust accuracy (%)")):
@@ -566,11 +573,11 @@ def draw_corruptions(records):
     "Accuracy of every method under every corruption, and against severity, the mean over seeds: a figure."
     table = over_seeds(corruption_rows(records)).set_index("method")[[*records[0]["accuracy"]]].rename(columns=lambda name: name.replace("_", " "))
     figure, (ax, lines) = plt.subplots(1, 2, figsize=(12.5, 0.4 * len(table) + 2), width_ratios=(3, 1))
-    sns.heatmap(table - table.max(), annot=table, fmt=".0f", cmap="rocket", vmin=-30, vmax=0, ax=ax, annot_kws=dict(size=7), cbar_kws=dict(label="below the best"))
+    sns.heatmap(table - table.max(), annot=table, fmt=".0f", cmap="rocket", vmin=-30, vmax=0, ax=ax, annot_kws=dict(size=7), cbar_kws=dict(label="points to the best", extend="min"))
     ax.set(xlabel="", ylabel="")
-    colours = _colours(records)
+    of = colours(r["method"] for r in records)
     for method, runs in grouped(records).items():
-        lines.plot(range(1, 6), np.mean([[*r["accuracy"].values()] for r in runs], axis=(0, 1)), marker="o", ms=3, color=colours[method], label=method)
+        lines.plot(range(1, 6), np.mean([[*r["accuracy"].values()] for r in runs], axis=(0, 1)), marker="o", ms=3, color=of[method], label=method)
     lines.set(xlabel="severity", ylabel="accuracy (%)", xticks=range(1, 6))
     _legend(lines)
     return figure
@@ -578,15 +585,19 @@ def draw_corruptions(records):
 # %% ../nbs/85_tables.ipynb #c029e
 def draw_angles(records, class_names):
     "The cosines between prototypes of each method: a figure."
-    figure, axes = plt.subplots(1, len(records), figsize=(2.2 * len(records) + 1, 2.6), squeeze=False, layout="constrained")
-    for ax, r in zip(axes[0], records):
+    lines = 1 + (len(records) > 4)
+    columns = -(-len(records) // lines)
+    figure, axes = plt.subplots(lines, columns, figsize=(2.2 * columns + 1, 2.5 * lines), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(records):]:
+        ax.axis("off")
+    for ax, r in zip(axes.flat, records):
         cosines = np.array(r["pictures"]["cosines"])
         few = len(cosines) <= 10
         sns.heatmap(cosines, mask=np.eye(len(cosines), dtype=bool), vmin=-0.5, vmax=0.5, cmap="vlag", square=True, ax=ax, cbar=False,
-                    xticklabels=class_names if few else False, yticklabels=class_names if few and ax is axes[0, 0] else False)
+                    xticklabels=class_names if few else False, yticklabels=class_names if few and ax in axes[:, 0] else False)
         ax.set_title(r["method"], fontsize=8)
-        ax.tick_params(labelsize=6)
-    figure.colorbar(axes[0, -1].collections[0], ax=list(axes[0]), shrink=0.8, extend="both")
+        ax.tick_params(labelsize=7)
+    figure.colorbar(axes[0, 0].collections[0], ax=axes, shrink=0.8, extend="both", label="cosine")
     return figure
 
 
@@ -595,12 +606,12 @@ def draw_features(records, classes: int = 10):
     figure, axes = plt.subplots(2, len(records), figsize=(2.2 * len(records), 4.6), squeeze=False)
     for column, r in zip(axes.T, records):
         pictures, labels = r["pictures"], np.array(r["pictures"]["labels"])
-        shown, colours = labels < classes, np.array(sns.color_palette(n_colors=classes))
+        shown, of = labels < classes, np.array(sns.color_palette(n_colors=classes))
         reach = np.abs(np.array(pictures["clean"])).max() * 1.05
         for ax, state in zip(column, ("clean", "attacked")):
-            ax.scatter(*np.array(pictures[state])[shown].T, c=colours[labels[shown]], s=2, lw=0)
+            ax.scatter(*np.array(pictures[state])[shown].T, c=of[labels[shown]], s=2, lw=0)
             if pictures["anchored"]:
-                ax.scatter(*np.array(pictures["prototypes"])[:classes].T, c=colours, marker="*", s=80, edgecolor="black", lw=0.6)
+                ax.scatter(*np.array(pictures["prototypes"])[:classes].T, c=of, marker="*", s=80, edgecolor="black", lw=0.6)
             ax.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         column[0].set_title(r["method"], fontsize=8)
     axes[0, 0].set_ylabel("clean")
@@ -630,8 +641,9 @@ def draw_tradeoff(records):
     "Worst-case against clean accuracy, and the front of each method: a figure."
     figure, ax = plt.subplots(figsize=(7.5, 4.8))
     sides = itertools.cycle([((9, 9), "left"), ((-12, -36), "right"), ((9, 9), "left"), ((-30, -18), "right"), ((26, 16), "left")])  # where a point's setting is written: on another side for each front
-    for (method, runs), colour, (aside, alignment) in zip(_by_method(records).items(), sns.color_palette(), sides):
-        rows = over_seeds(tradeoff_rows(runs))
+    by_method = _by_method(records)
+    for (method, runs), (aside, alignment) in zip(by_method.items(), sides):
+        rows, colour = over_seeds(tradeoff_rows(runs)), colours(by_method)[method]
         points, firsts = rows[["clean", "worst"]].to_numpy(), [seeds[0] for seeds in grouped(runs).values()]
         reach = np.abs([[[r[which][end] - r[which]["accuracy"] for r in firsts] for end in ("low", "high")] for which in ("clean", "worst")])
         ax.errorbar(*points.T, xerr=reach[0], yerr=reach[1], fmt="o", ms=4, lw=0.5, color=colour, alpha=0.3)
