@@ -340,7 +340,7 @@ def push_square(
     "Push one square to an edge of the linf box."
     side, place, signs = square
     here = window(side, place)
-    z, push = r.z.clone(), 2 * eps * torch.tensor(signs, device=r.z.device).view(-1, 1, 1)
+    z, push = r.z.clone(), 2 * eps * torch.tensor(signs).to(r.z).view(-1, 1, 1)
     z[here] = torch.minimum(torch.maximum(z[here] + push, r.low[here]), r.high[here])
     return z
 
@@ -372,7 +372,7 @@ def first_squares(
 ) -> torch.Tensor:  # (B, C, H, W)
     "Where Square starts: stripes in linf, a tiling with bumps in l2."
     b, c, h, w = x.shape
-    coin = lambda *shape: torch.randint(2, shape, generator=generator, device=x.device) * 2.0 - 1
+    coin = lambda *shape: torch.randint(2, shape, generator=generator, device=x.device).to(x.dtype) * 2 - 1
     if threat.norm == "linf":
         return (x + threat.eps * coin(b, c, 1, w)).clamp(0, 1)
     tile = max(min(h, w) // 5, 1)

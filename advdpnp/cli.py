@@ -180,7 +180,7 @@ def evaluate(
         budget = parse_eps(eps) if eps else usual["eps"]
         step_size = usual["eval_step_size"] if (norm, budget) == ("linf", usual["eps"]) else None
         chosen = standard_attacks(budget, one_of(norm, ["linf", "l2"], "norm"), isinstance(net, PrototypeNet), step_size)
-        if attacks:
+        if attacks is not None:
             names = [one_of(name.strip(), [a.name for a in chosen], "attack") for name in attacks.split(",")]
             chosen = [a for a in chosen if a.name in names]
         beside = Path(model) if config else Path(model.split(":")[-1])
@@ -192,7 +192,7 @@ def evaluate(
         if autoattack_images and "autoattack" not in [a.name for a in chosen]:
             raise ValueError("--autoattack-images needs the attack autoattack")
         if robustbench and (autoattack_images or "autoattack" not in [a.name for a in chosen]):
-            raise ValueError("--robustbench needs the attack autoattack, on all images")
+            raise ValueError("--robustbench needs the attack autoattack, on the images of the clean accuracy")
         kept = output.with_name(f".{output.name}.unfinished")
         limits = {"autoattack": autoattack_images} if autoattack_images else None
         other = get(twin)[0].to(place) if twin else None

@@ -60,8 +60,9 @@ def check_split(
         raise ValueError(f"{name}: x_{split} is {x.dtype} {x.shape}, expected uint8 (N, H, W, C)")
     if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
         raise ValueError(f"{name}: x_{split} is {x.shape}, which looks like (N, C, H, W), expected (N, H, W, C): transpose(0, 2, 3, 1) makes it so")
-    if y.dtype != np.int64 or y.shape != x.shape[:1] or (split == "test" and len(y) == 0):
-        raise ValueError(f"{name}: y_{split} is {y.dtype} {y.shape}, expected int64 ({len(x)},)" + " and at least one label" * (len(y) == 0))
+    none = split == "test" and len(y) == 0
+    if y.dtype != np.int64 or y.shape != x.shape[:1] or none:
+        raise ValueError(f"{name}: y_{split} is {y.dtype} {y.shape}, expected int64 ({len(x)},)" + " and at least one label" * none)
 
 # %% ../nbs/00_data.ipynb #c011
 def channel_statistics(pixels):
@@ -91,7 +92,7 @@ class Dataset:
     flip: bool | None = None  # whether a mirrored image is still an image of its class; None: unless `name`, or what stands before its first hyphen, is in `DIGITS`
 
     def __post_init__(self):
-        for split in ("train", "test"):
+        for split in ("test", "train"):  # in this order: there may be none to train on, made from those to test on
             check_split(self.name, split, getattr(self, f"x_{split}"), getattr(self, f"y_{split}"))
         if self.x_test.shape[1:] != self.x_train.shape[1:]:
             raise ValueError(f"{self.name}: test images are {self.x_test.shape[1:]}, training images {self.x_train.shape[1:]}")
@@ -103,8 +104,12 @@ class Dataset:
             raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}: they count from 0, or classes have names")
         images = self.x_train if len(self.x_train) else self.x_test
         pixels = images.reshape(-1, images.shape[-1])
-        mean, std = channel_statistics(pixels) if len(self.mean) == 0 or len(self.std) == 0 else (self.mean, self.std)
-        flip = self.name.split("-")[0] not in DIGITS if self.flip is None else self.flip
+        mean, std = (np.asarray(value, float).reshape(-1) for value in (self.mean, self.std))
+        if len(mean) == len(std) == 0:
+            mean, std = channel_statistics(pixels)
+        if not (len(mean) == len(std) == pixels.shape[1] and ((0 <= mean) & (mean <= 1) & (0 < std) & (std < np.inf)).all()):
+            raise ValueError(f"{self.name}: mean is {mean.tolist()} and std {std.tolist()}, expected {pixels.shape[1]} of each, of images in [0, 1]")
+        flip = self.name.split("-")[0] not in DIGITS if self.flip is None else bool(self.flip)
         for key, value in dict(class_names=names, mean=tuple(map(float, mean)), std=tuple(map(float, std)), flip=flip).items():
             object.__setattr__(self, key, value)
 
@@ -226,14 +231,18 @@ def read_archive(path):
 def read_folder(
     path,  # of a folder with one sub-folder a class
 ) -> Dataset:  # without training images; grey if all images are
-    "Images to test on, in alphabetical order; a ValueError if they are not all of one size."
+    "Images to test on, classes in alphabetical order as in torchvision's `ImageFolder` (10 before 2); a ValueError if they are not all of one size, or have more than 8 bits a channel."
     path = Path(path)
     try:
         source = ImageFolder(path, loader=PIL.Image.open)
     except (FileNotFoundError, OSError) as error:
         raise ValueError(f"{path} is no folder of images: expected one sub-folder a class, with images in it ({error})") from error
-    files, grey = [file for file, _ in source.samples], all(PIL.Image.open(file).mode == "L" for file, _ in source.samples)
-    images = [np.asarray(PIL.Image.open(file).convert("L" if grey else "RGB")) for file in files]
+    files = [file for file, _ in source.samples]
+    modes = [PIL.Image.open(file).mode for file in files]
+    for file, mode in zip(files, modes):
+        if mode.startswith(("I", "F")):
+            raise ValueError(f"{file} has more than 8 bits a channel (mode {mode}): expected 8")
+    images = [np.asarray(PIL.Image.open(file).convert("L" if {*modes} == {"L"} else "RGB")) for file in files]
     for file, image in zip(files, images):
         if image.shape != images[0].shape:
             raise ValueError(f"{file} is {image.shape[1]}x{image.shape[0]}, {files[0]} is {images[0].shape[1]}x{images[0].shape[0]}: all must be of one size")
@@ -243,18 +252,18 @@ def read_folder(
 # %% ../nbs/00_data.ipynb #c031
 def is_path(name):
     "Whether a data set is named by where it lies."
-    return "/" in name or "\\" in name or name.endswith(".npz")
+    return isinstance(name, Path) or "/" in name or "\\" in name or name.endswith(".npz")
 
 
 def load_dataset(
-    name: str,  # "digits", "cifar10", "cifar100", "svhn", or an archive's name in `data_dir`; with a slash, the path of an .npz or a folder of images
+    name: str | Path,  # "digits", "cifar10", "cifar100", "svhn", or an archive's name in `data_dir`; a `Path`, or with a slash, of an .npz or a folder of images
     data_dir="data",  # folder of the archives
 ) -> Dataset:
     "Load a data set from its archive, made from the published files at the first call."
     if name == "digits":
         return embedded_digits()
     if is_path(name):
-        return read_archive(name) if name.endswith(".npz") else read_folder(name)
+        return read_archive(name) if Path(name).suffix == ".npz" else read_folder(name)
     path = Path(data_dir) / f"{name}.npz"
     if not path.exists():
         if name not in OFFICIAL and Path(name).is_dir():
@@ -407,7 +416,7 @@ class Loader:
         device="cpu",
         rows: slice = slice(None),  # of each batch: what this process takes, if several share them
     ):
-        self.x, self.y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+        self.x, self.y = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (x, y))
         self.batch_size, self.train = min(batch_size, len(x)), train
         self.padding, self.flip, self.seed, self.rows = padding, flip, seed, rows
 

@@ -147,6 +147,11 @@ def evaluate(
     began, names = time.monotonic(), [attack.name for attack in attacks]
     if len(set(names)) < len(names):
         raise ValueError(f"attacks named {', '.join(names)}: expected different names")
+    if reserved := {"clean", "worst"} & {*names}:
+        raise ValueError(f"an attack is named {reserved.pop()}: expected another name, this one is a metric's")
+    for what, number in dict(images=images, batch_size=batch_size, check_images=check_images, **{f"the limit of {name}": limit for name, limit in (limits or {}).items()}).items():
+        if number is not None and number < 1:
+            raise ValueError(f"{what} is {number}: expected at least 1")
     x, y = dataset.x_test[:images], dataset.y_test[:images]
     for name in limits or {}:
         one_of(name, names, "attack with a limit")
@@ -165,6 +170,8 @@ def evaluate(
     kept = Resume(resume, json.loads(json.dumps(key)), deadline, began)
     if logits.shape[1] != dataset.num_classes:
         raise ValueError(f"the model has {logits.shape[1]} classes, {dataset.name} has {dataset.num_classes}")
+    if bad := (~logits.isfinite().all(1)).sum().item():
+        raise ValueError(f"the model's logits are not finite for {bad} of {len(y)} test images")
     check_labels(labels, dataset.num_classes)
     clean = logits.argmax(1) == labels
     metrics, verdicts, stages = {"clean": accuracy(clean)}, {"clean": clean}, {}

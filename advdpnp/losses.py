@@ -92,6 +92,9 @@ class Supervised:
     def __post_init__(self):
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}: expected 0 to 1")
+        for name in ("alignment", "repulsion", "consistency", "clean_weight", "beta"):
+            if not 0 <= getattr(self, name, 0.0) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite weight, 0 or more")
 
     def cross_entropy(self, logits, labels):
         "Mean over the batch."
@@ -112,9 +115,6 @@ class AdvDPNPLoss(Supervised):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("alignment", "repulsion", "consistency", "clean_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite weight, 0 or more")
         one_of(self.repulsion_form, REPULSIONS, "form of repulsion")
         one_of(self.consistency_form, CONSISTENCIES, "form of consistency")
 

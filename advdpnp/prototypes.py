@@ -99,6 +99,8 @@ class Classifier(nn.Module):
         x: torch.Tensor,  # (B, C, H, W) in [0, 1]
     ) -> torch.Tensor:  # (B, d)
         "The features of images."
+        if 1 < self.mean.shape[1] != x.shape[1]:
+            raise ValueError(f"images are {tuple(x.shape)}, expected {self.mean.shape[1]} channels")
         features, d = self.backbone((x - self.mean) / self.std), getattr(self.head, "in_features", None)
         if features.ndim != 2 or d not in (None, features.shape[1]):
             name, shape = type(self.backbone).__name__, tuple(features.shape)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import numbers
 import os
@@ -32,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import advdpnp
-from .attacks import PGD, correct, standing_after
+from .attacks import PGD, ThreatModel, correct, standing_after
 from .baselines import CLEAN_METHODS, METHODS, PROTOTYPE_METHODS, make_net, split_name
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, cores, has_fast_bf16, is_path, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
@@ -90,7 +91,7 @@ def _fits(key, value, usual):
         return optional if value is None else key == "norm"
     if isinstance(value, bool) or isinstance(usual, (bool, str)) and key != "norm":
         return type(value) is type(usual)
-    return isinstance(value, numbers.Real if isinstance(usual, float) or key in ("norm", "eval_step_size") else numbers.Integral)
+    return isinstance(value, numbers.Real if isinstance(usual, float) or key in ("norm", "eval_step_size") else numbers.Integral) and math.isfinite(value)
 
 
 def make_config(
@@ -128,8 +129,10 @@ def make_config(
     changes = {key: value for key, value in changes.items() if value != config[key] or (key, of_machine) == ("precision", True)}
     config |= {key: value.item() if hasattr(value, "item") else value for key, value in changes.items()}  # NumPy's numbers are no JSON
     for key, value in config.items():
-        if (key.endswith("images") or key in ("side", "val_size")) and value is not None and value < 1:
+        if (key.endswith("images") or key in ("side", "val_size", "epochs", "batch_size")) and value is not None and value < 1:
             raise ValueError(f"{key} is {value}: expected at least 1")
+    METHODS[name](**{key: config[key] for key in fields if key != "norm"})  # a ValueError for weights that cannot be
+    ThreatModel(config["eps"])
     return dict(method=method, preset=preset, seed=seed, **config, changes=sorted({*changes} - {"dataset", "arch"}))
 
 
@@ -302,7 +305,7 @@ class Runs:
 
     def folder(self, config):
         "Where a run lives."
-        name = f"{config['method']}-{config['arch']}-{config['preset']}-s{config['seed']}"
+        name = f"{config['method']}-{config['arch'].replace('/', '_')}-{config['preset']}-s{config['seed']}"
         changed = "".join(f",{key}={config[key]}" for key in config["changes"])
         return self.data_dir / "runs" / config["dataset"] / (name + changed)
 
@@ -517,12 +520,14 @@ class Ledger(Runs):
         with one_thread(self.device):
             trainer = self.trainer(config)  # a configuration that cannot be leaves no folder behind
             with at_work(self.folder(config)) if first else nullcontext():
+                if as_the_first_says(self.trained(config)):
+                    return True  # by another process, while this one waited
                 others = _other_sittings(self.folder(config), made()) if first else []
                 if not trainer.fit(time_limit):
                     return False
-            if first:
-                with replacing(self.folder(config) / "trained.json") as part:
-                    part.write_text(json.dumps(made() | (dict(others=others) if others else {}), indent=1))
+                if first:
+                    with replacing(self.folder(config) / "trained.json") as part:
+                        part.write_text(json.dumps(made() | (dict(others=others) if others else {}), indent=1))
         return True
 
     def measure(
@@ -540,13 +545,15 @@ class Ledger(Runs):
                 config=config, config_hash=config_hash(config), data_sha256=self.dataset(config).sha256)
             try:
                 with one_thread(self.device), at_work(folder):
+                    if record := self.result(config, kind):
+                        return record  # of another process, while this one waited
                     record = about | RECORDS[kind](self, config, None if time_limit is None else time.time() + time_limit) | provenance(self.device)
+                    with replacing(folder / f"{kind}.json") as part:
+                        part.write_text(json.dumps(record, indent=1))
+                    for left_over in folder.glob(f"{kind}-*.json"):
+                        left_over.unlink()
             except TimeoutError:
                 return None
-            with replacing(folder / f"{kind}.json") as part:
-                part.write_text(json.dumps(record, indent=1))
-            for left_over in folder.glob(f"{kind}-*.json"):
-                left_over.unlink()
         return record
 
     def adopt(
@@ -555,17 +562,20 @@ class Ledger(Runs):
         kind: str = "result",  # one of `RECORDS`
     ) -> list[Path]:  # where they are now
         "Take in records: where a run has none of its own, they are read instead. A ValueError for other settings than those of this package."
-        paths, tell = [], {"result": "best", "corruptions": "accuracy", "geometry": "prototypes", "tradeoff": "verdicts"}[one_of(kind, RECORDS, "record")]
-        if not (isinstance(records, list) and records and all(isinstance(record, dict) and {"config", tell} <= record.keys() for record in records)):
+        taken, tell = {}, {"result": "best", "corruptions": "accuracy", "geometry": "prototypes", "tradeoff": "verdicts"}[one_of(kind, RECORDS, "record")]
+        needed = {"method", "preset", "seed", "dataset", "arch", "changes"}
+        whole = lambda record: isinstance(record, dict) and tell in record and isinstance(record.get("config"), dict) and needed <= record["config"].keys()
+        if not (isinstance(records, list) and records and all(map(whole, records))):
             raise ValueError(f"these are no records of kind {kind}: expected a list of them, as in the .json beside a table")
         for record in records:
             config = record["config"]
             same = {key: config.get(key) for key in ("dataset", "arch", *config["changes"])}
             now = make_config(config["method"], config["preset"], config["seed"], self.device, **same)
-            paths.append(self.adopted(now, kind))
-            with replacing(paths[-1]) as part:
-                part.write_text(json.dumps(of_settings(record | dict(method=config["method"]), now, f"a record of {title(config)}"), indent=1))
-        return paths
+            taken[self.adopted(now, kind)] = of_settings(record | dict(method=config["method"]), now, f"a record of {title(config)}")
+        for path, record in taken.items():  # all of them are good
+            with replacing(path) as part:
+                part.write_text(json.dumps(record, indent=1))
+        return [*taken]
 
     def run(
         self,

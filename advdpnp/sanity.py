@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .attacks import FGSM, PGD, ThreatModel, correct, cross_entropy, evenly, full_precision, gradient_of, margin
-from .attacks import per_image, standing_after, untouched
+from .attacks import standing_after, untouched
 from .data import Loader, seeded
 
 # %% ../nbs/58_sanity.ipynb #c007

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .attacks import PGD, close_bar, correct, progress_bar, standing_after
+from .attacks import PGD, all_logits, close_bar, correct, progress_bar, standing_after
 from .data import Dataset, Loader, Stream, hold_out, one_of, own_randomness, pick_device, read_json, replacing
 from .data import seed_globally, seed_of, seeded
 from .losses import AdvDPNPLoss
@@ -73,7 +73,7 @@ def perturbed(
     gamma: float,  # length of the step, relative to the norm of each weight
 ):
     "Inside, the weights are a step up the loss (AWP; Wu et al., NeurIPS 2020); outside, they have not moved."
-    weights, buffers = [p for p in net.parameters() if p.ndim > 1], [b.clone() for b in net.buffers()]
+    weights, buffers = [p for p in net.parameters() if p.ndim > 1 and p.requires_grad], [b.clone() for b in net.buffers()]
     gradients = mean_over_processes(torch.autograd.grad(loss(), weights))
     before = [w.detach().clone() for w in weights]
     with torch.no_grad():
@@ -98,7 +98,7 @@ def save_checkpoint(
     "Write the state of a run, and at the end of an epoch its weights and metrics."
     for which, tensors in weights.items():
         with replacing(folder / f"{which}.safetensors") as part:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+            part.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
     with replacing(folder / "metrics.jsonl") as part:
         part.write_text("".join(json.dumps(line) + "\n" for line in history))
     with replacing(folder / "state.pt") as part:  # last: killed before this, the epoch is run again and all four are rewritten
@@ -290,6 +290,9 @@ class Trainer:
         self.loader = Stream(stream, self.device, seed) if stream is not None else Loader(
             held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip, seed=seed, device=self.device, rows=my_rows(min(batch_size, len(held.x_train))))
         self.val_loader = Loader(held.x_test, held.y_test, 256, device=self.device)
+        classes = all_logits(self.net, Loader(held.x_test[:1], held.y_test[:1], 1, device=self.device)).shape[1]
+        if classes != held.num_classes:
+            raise ValueError(f"the network has {classes} classes, {dataset.name} has {held.num_classes}")
         self.val_attack = val_attack or PGD(getattr(method, "eps", 8 / 255), steps=10)
         self.epochs, self.lr, self.schedule, self.seed = epochs, lr, schedule, seed
         self.save_every, self.quiet, self.name = save_every, quiet, name or type(method).__name__

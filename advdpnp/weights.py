@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .attacks import PGD, correct, standing_after
 from .data import Loader, one_of, read_json, replacing
@@ -116,7 +116,7 @@ def publish(
         raise ValueError(f"half precision moves the accuracy of {ledger.folder(config)} by {moved} points: expected at most 0.5")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "best.safetensors") as part:
-        save_file(weights, part)
+        part.write_bytes(save(weights))
     sha256 = sha256_of(folder / "best.safetensors")
     with replacing(folder / "config.json") as part:
         part.write_text(json.dumps(dict(run=config, sha256={"best.safetensors": sha256}, measured=rounded, **provenance(ledger.device)), indent=1))

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from advdpnp.attacks import CW, DLR, FGSM, PGD, PrototypePGD, ThreatModel, correct, margin, prototype_distances, standing_after
-from advdpnp.autoattack import AutoAttack
+from advdpnp.autoattack import APGD, FABT, AutoAttack, Square
 from advdpnp.data import Loader, seeded
 
 
@@ -38,8 +38,8 @@ def test_iterates_stay_inside(net, batch, eps, make):
     seen, forward = [], net.forward
     net.forward = lambda images: (seen.append(images.detach().clone()), forward(images))[1]
     seen.append(make(eps)(net, x, y))
-    for images in seen[1:]:  # the first look is at one clean image, to count the classes
-        assert (images - x).abs().max() <= eps + 1e-6
+    for images in seen:  # some looks are at the first image alone
+        assert (images - x[: len(images)]).abs().max() <= eps + 1e-6
         assert images.min() >= 0 and images.max() <= 1
     if eps == 0:
         assert torch.equal(seen[-1], x)
@@ -114,6 +114,33 @@ def test_gradients_of_the_caller_do_not_matter(net, batch):
         assert torch.equal(PGD(0.1, steps=3)(net, x, y), expected)
     tracked = PGD(0.1, steps=3)(net, x.clone().requires_grad_(), y)
     assert torch.equal(tracked, expected) and not tracked.requires_grad
+
+
+@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1), APGD(0.1), FABT(0.1)], ids=lambda attack: attack.name)
+def test_where_there_are_no_gradients_no_attack_pretends(net, batch, attack):
+    x, y = batch
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="attacks need gradients, and torch.inference_mode forbids them"):
+        attack(net, x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("attack", [PGD(0.1, steps=2), PGD(1.0, steps=2, norm="l2"), APGD(1.0, steps=3, norm="l2"), Square(0.1, queries=5), Square(1.0, queries=5, norm="l2")])
+def test_images_keep_their_precision(batch, attack, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to(dtype)
+    assert attack(model, batch[0].to(dtype), batch[1]).dtype == dtype
+
+
+def test_l2_where_every_image_has_fallen_and_where_there_is_none(digits):
+    never = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(never[1].weight)
+    nn.init.constant_(never[1].bias, 0)
+    never[1].bias.data[3] = 1
+    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    for steps in (0, 2):
+        found = PGD(1.0, norm="l2", restarts=2, steps=steps).search(never, x, y, seeded("cpu", 0))
+        assert found.shape == x.shape
+    assert PGD(1.0, norm="l2", restarts=2).search(never, x[:0], y[:0], seeded("cpu", 0)).shape == (0, 1, 8, 8)
 
 
 def test_more_steps_are_stronger(net, batch):

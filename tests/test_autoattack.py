@@ -1,4 +1,5 @@
 "Our attacks against the authors' own code, and what they must survive."
+import copy
 import dataclasses
 
 import foolbox
@@ -13,8 +14,8 @@ from pyautoattack import AutoAttack as Official
 from timm.models.convmixer import ConvMixer
 from torch import nn
 
-from advdpnp.attacks import PGD, ThreatModel, correct, standing_after, untouched
-from advdpnp.autoattack import APGD, APGDT, FABT, AutoAttack, Rows, Square, draw_square, first_squares, onto_hyperplane, push_square, square_side
+from advdpnp.attacks import PGD, ThreatModel, correct, cross_entropy, standing_after, untouched
+from advdpnp.autoattack import APGD, APGDT, FABT, AutoAttack, Rows, Square, apgd, draw_square, first_squares, onto_hyperplane, push_square, square_side, targeted_dlr
 from advdpnp.baselines import PGDAT, LinearNet, Standard
 from advdpnp.data import Loader, seeded
 from advdpnp.prototypes import PrototypeNet
@@ -67,6 +68,31 @@ def test_each_attack_against_the_official_one(models, loader, name, attack):
     gap, allowed = mine.sum().item() - theirs.sum().item(), 1 if attack == "fab-t" else 4  # images: random starts decide a few of 60
     assert abs(gap) <= allowed, f"{mine.sum()} against {theirs.sum()}"
     assert (mine != theirs).sum() <= 8  # and they are the same images
+
+
+@pytest.mark.parametrize("name", ["PGD-AT", "ConvMixer"])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 0.5)])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_apgd_from_the_same_start_ends_where_the_official_one_does(models, loader, monkeypatch, name, norm, eps, targeted):
+    "Step sizes, momentum, checkpoints and returns to the best point: a change to any of them ends elsewhere."
+    net = copy.deepcopy(models[name]).double()  # otherwise rounding turns some signs
+    x, y = loader.take(correct(models[name], loader).nonzero()[:, 0])
+    x, target = x.double(), (y + 1) % 10
+    threat = ThreatModel(eps, norm)
+    start = threat.random_start(x, seeded("cpu", 1))
+    monkeypatch.setattr(ThreatModel, "random_start", lambda *_: start)
+    loss = (lambda logits, r: targeted_dlr(logits, r.y, r.target)) if targeted else (lambda logits, r: cross_entropy(logits, r.y))
+    with untouched(net, seeded("cpu", 0)):
+        mine, left = apgd(net, loss, x, y, threat, 50, seeded("cpu", 0), target=target)
+    make = APGDAttack_targeted if targeted else APGDAttack
+    official = make(net, n_iter=50, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0, device="cpu")
+    official.init_hyperparam(x)
+    official.loss, official.y_target = "dlr-targeted" if targeted else "ce", target
+    theirs = official.attack_single_run(x, y, x_init=start)[0]
+    apart = (mine - theirs)[left].abs().amax((1, 2, 3))
+    assert len(left) >= 20
+    same = 0.8 if targeted or norm == "l2" else 0.95  # at its first checkpoint it compares the first loss with 0, and it keeps losses in float32
+    assert (apart < 1e-6).double().mean() >= same, apart
 
 
 @pytest.mark.parametrize("name", ["Adv-DPNP", "ConvMixer"])

@@ -303,6 +303,12 @@ def test_a_gpu_that_is_not_there():
         pick_device("cuda")
 
 
+def test_a_view_with_channels_reversed_is_read_as_it_looks():
+    x, y = images(6, 4), np.arange(6)
+    reversed_, copied = (Loader(a, y, 6).take(torch.arange(6))[0] for a in (x[..., ::-1], x[..., ::-1].copy()))
+    assert torch.equal(reversed_, copied)
+
+
 def test_hash_sees_every_array():
     x, y = images(6, 4, 1), np.arange(6) % 2
     base = Dataset("a", x, y, x, y)

@@ -129,6 +129,29 @@ def test_a_model_that_is_right_nowhere(digits):
     assert {m["correct"] for m in record["metrics"].values()} == {0}
 
 
+@pytest.mark.parametrize("settings, message", [
+    (dict(images=0), "images is 0: expected at least 1"),
+    (dict(images=-490), "images is -490"),
+    (dict(batch_size=0), "batch_size is 0"),
+    (dict(check_images=0), "check_images is 0"),
+    (dict(limits=dict(fgsm=-3)), "the limit of fgsm is -3"),
+])
+def test_numbers_of_images_that_cannot_be(net, digits, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(net, digits, standard_attacks(0.1)[:1], quiet=True, **settings)
+
+
+def test_a_model_and_an_attack_that_would_spoil_the_record(net, digits):
+    class Clean(FGSM):
+        name = "clean"
+
+    with pytest.raises(ValueError, match="an attack is named clean"):
+        evaluate(net, digits, [Clean(0.1)], images=20, quiet=True)
+    net.head.directions.data[0] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite for 20 of 20 test images"):
+        evaluate(net, digits, standard_attacks(0.1)[:1], images=20, quiet=True)
+
+
 KILLED = """
 import sys, torch
 from advdpnp.autoattack import AutoAttack

@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import davies_bouldin_score, silhouette_samples
 
 from advdpnp.attacks import PGD
 from advdpnp.baselines import LinearNet
@@ -37,7 +36,7 @@ def reference(f, y, c, z):
     distance = lambda a, b: math.sqrt(sum((a - b) ** 2))
     classes = sorted(set(y.tolist()))
     mean = {k: sum(f[i] for i in range(len(y)) if y[i] == k) / sum(y == k) for k in classes}
-    silhouettes, found = silhouette_samples(f, y), {name: [] for name in (*PER_CLASS, *OF_PROTOTYPES, "linear")}
+    found = {name: [] for name in (*PER_CLASS, *OF_PROTOTYPES, "linear")}
     for k in classes:
         rows = {name: [] for name in found}
         for i in np.flatnonzero(y == k):
@@ -48,7 +47,9 @@ def reference(f, y, c, z):
             rows["within"].append(distance(f[i], mean[k]) ** 2)
             rows["angular_spread"].append(math.degrees(math.acos(cosine)))
             rows["to_nearest_mean"].append(min(distance(f[i], mean[j]) for j in classes if j != k))
-            rows["silhouette"].append(silhouettes[i])
+            near = min(np.mean([distance(f[i], f[j]) for j in np.flatnonzero(y == other)]) for other in classes if other != k)
+            own = np.mean([distance(f[i], other) for other in others])
+            rows["silhouette"].append((near - own) / max(near, own))
             rows["nearest_mean"].append(100 * (min(classes, key=lambda j: distance(f[i], left_out[j])) == k))
             rows["to_own_prototype"].append(distance(f[i], c[k]))
             rows["to_nearest_prototype"].append(min(distance(f[i], c[j]) for j in range(len(c)) if j != k))
@@ -61,7 +62,8 @@ def reference(f, y, c, z):
     numbers["between"] = sum(distance(mean[k], middle) ** 2 for k in classes) / len(classes)
     numbers["means_apart"] = np.mean([distance(mean[a], mean[b]) for a in classes for b in classes if a < b])
     numbers["fisher"] = numbers["between"] / numbers["within"]
-    numbers["davies_bouldin"] = davies_bouldin_score(f, y)
+    spread = {k: np.mean([distance(f[i], mean[k]) for i in np.flatnonzero(y == k)]) for k in classes}
+    numbers["davies_bouldin"] = np.mean([max((spread[a] + spread[b]) / distance(mean[a], mean[b]) for b in classes if b != a) for a in classes])
     return numbers, found
 
 

@@ -42,6 +42,35 @@ def test_a_run_keeps_the_precision_it_began_with_on_any_machine(tmp_path, machin
     assert asked["changes"] != here["changes"] and ledger.result(asked) is None  # who asks for a precision gets a run of its own
 
 
+def test_of_records_that_are_not_all_good_none_is_taken_in(tmp_path):
+    records = json.loads((Path(__file__).parent.parent / "data/results/table1.quick.json").read_text())[:3]
+    ledger = Ledger(tmp_path, "cpu", quiet=True)
+    records[2]["config"]["lr"] = 7.0
+    with pytest.raises(ValueError, match="lr is 7.0"):
+        ledger.adopt(records)
+    del records[2]["config"]["changes"]
+    with pytest.raises(ValueError, match="no records of kind result"):
+        ledger.adopt(records)
+    assert not (tmp_path / "adopted").exists()
+
+
+def test_what_another_process_has_finished_in_the_meantime_is_left_as_it_is(tmp_path, monkeypatch):
+    ledger, config = Ledger(tmp_path, "cpu", quiet=True), make_config("standard", "quick", device="cpu", **FEW)
+    behind, trainer, written = Ledger(tmp_path, "cpu", quiet=True), Ledger.trainer, []
+    last_write = lambda: (ledger.folder(config) / "state.pt").stat().st_mtime_ns
+
+    def overtaken(self, config):
+        found = trainer(self, config)
+        if self is behind:
+            ledger.train(config)
+            written.append(last_write())
+        return found
+
+    monkeypatch.setattr(Ledger, "trainer", overtaken)
+    assert behind.train(config)
+    assert written == [last_write()]
+
+
 def test_verdicts_of_a_machine_that_rounds_otherwise_are_made_anew(tmp_path):
     ledger, config = Ledger(tmp_path, "cpu", quiet=True), make_config("standard", "quick", device="cpu", **FEW)
     ledger.train(config)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -239,6 +240,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(digits, t
     (lambda: make_config("TRADES", "qiuck", device="cpu"), "unknown preset 'qiuck': did you mean 'quick'"),
     (lambda: make_config("TRADES", "quick", device="cpu", alignment=1), "unknown parameter 'alignment'"),
     (lambda: make_config("PGD-AT", "quick", device="cpu", epoch=1), "unknown parameter 'epoch': did you mean 'epochs'"),
+    (lambda: make_config("TRADES", "quick", device="cpu", beta=float("nan")), "beta is nan"),
+    (lambda: make_config("TRADES", "quick", device="cpu", beta=-1.0), "beta is -1.0: expected a finite weight"),
+    (lambda: make_config("dual-branch linear", "quick", device="cpu", consistency=-1.0), "consistency is -1.0: expected a finite weight"),
+    (lambda: make_config("PGD-AT", "quick", device="cpu", eps=8.0), "eps is 8.0: expected 0 to 1"),
+    (lambda: make_config("PGD-AT", "quick", device="cpu", epochs=0), "epochs is 0: expected at least 1"),
 ])
 def test_bad_configurations(make, message):
     with pytest.raises(ValueError, match=message):
@@ -305,6 +311,32 @@ def test_averaged_weights_are_the_running_mean():
     for weight in seen[1:]:
         mean = 0.7 * mean + 0.3 * weight
     assert len(seen) == 4 and torch.allclose(trainer.weights("last")["head.weight"], mean, atol=1e-6)
+
+
+def test_a_partly_frozen_network_takes_a_step_with_perturbed_weights(digits):
+    t = trainer(digits, awp=0.01, epochs=1)
+    frozen = t.net.backbone.layer1[0].conv1.weight.requires_grad_(False)
+    before = frozen.clone()
+    t.fit()
+    assert torch.equal(t.net.backbone.layer1[0].conv1.weight, before)
+
+
+def test_a_network_of_other_classes_or_channels_is_refused(digits):
+    for net, message in ((LinearNet("cifar_resnet8", 12, digits.mean, digits.std), "the network has 12 classes, digits has 10"),
+                         (LinearNet("cifar_resnet8", 10), r"images are \(1, 1, 8, 8\), expected 3 channels")):
+        with pytest.raises(ValueError, match=message):
+            Trainer(net, Standard(), digits, device="cpu", quiet=True)
+
+
+def test_weights_can_be_read_by_others(digits, tmp_path):
+    trainer(digits, tmp_path, epochs=1).fit()
+    assert len({path.stat().st_mode for path in (tmp_path / "best.safetensors", tmp_path / "metrics.jsonl")}) == 1
+
+
+def test_an_archive_that_is_not_to_be_mirrored_is_trained_on_in_a_folder(digits, tmp_path):
+    np.savez(tmp_path / "letters.npz", x_train=digits.x_train, y_train=digits.y_train, x_test=digits.x_test, y_test=digits.y_test, flip=False)
+    trainer(load_dataset("letters", tmp_path), tmp_path / "run", epochs=1).fit()
+    assert json.loads((tmp_path / "run/config.json").read_text())["flip"] is False
 
 
 def test_weight_perturbation_is_a_gradient_at_another_place():
