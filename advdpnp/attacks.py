@@ -86,7 +86,7 @@ def untouched(
     generator: torch.Generator,  # seeds what randomness the model itself may have
 ):
     "Inside, `model` is in evaluation mode and its parameters are frozen; outside, nothing has changed."
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # a frozen TorchScript module has none
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if generator.device.type == "cuda":  # a number read back would make the GPU wait
         seed = seed_of(generator.initial_seed() % 2**63, generator.get_offset())
@@ -586,6 +586,7 @@ def standing_after(
     keep=lambda done, verdicts: None,  # called after every batch, for those who want to go on later
 ) -> torch.Tensor:  # (N,) bool: those that are still classified correctly
     "Attack the images that stand, and see which still do."
+    model = nn.Sequential(model) if isinstance(model, torch.jit.ScriptModule) else model  # which takes no hooks
     search, passes = getattr(attack, "search", attack), getattr(attack, "passes", 1)
     batches = [index for index in standing.nonzero()[:, 0].split(loader.batch_size) if len(index)]
     done, verdicts = begin[0], (standing if begin[1] is None else begin[1]).clone()

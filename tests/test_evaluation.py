@@ -118,6 +118,15 @@ def test_anyone_s_attack_and_anyone_s_model(digits):
     assert list(record["metrics"]) == ["clean", "invert", "fgsm", "pgd20", "cw", "worst"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.freeze(torch.jit.script(net))], ids=["TorchScript", "frozen"])
+def test_a_compiled_model_is_attacked_as_the_model(digits, compiled):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 10)).eval()
+    ours, theirs = (evaluate(model, digits, standard_attacks(0.02)[:2], images=50, quiet=True)["metrics"] for model in (net, compiled(net)))
+    assert {name: m["correct"] for name, m in ours.items()} == {name: m["correct"] for name, m in theirs.items()}
+
+
 def test_a_model_that_is_right_nowhere(digits):
     class Wrong(torch.nn.Module):
         def forward(self, x):
