@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .attacks import PGD, all_logits, close_bar, correct, device_of, progress_bar, standing_after
+from .attacks import PGD, close_bar, correct, progress_bar, standing_after
 from .data import Dataset, Loader, Stream, hold_out, one_of, own_randomness, pick_device, read_json, replacing
 from .data import seed_globally, seed_of, seeded
 from .losses import AdvDPNPLoss
@@ -283,12 +283,12 @@ class Trainer:
         one_of(schedule, SCHEDULES, "schedule")
         if not (epochs >= 1 and batch_size >= 1 and lr > 0):
             raise ValueError(f"epochs is {epochs}, batch_size {batch_size} and lr {lr}: expected at least one epoch, one image, and a rate above 0")
-        held = hold_out(dataset, val_size) if stream is None else dataset
-        classes = all_logits(net, Loader(held.x_test[:1], held.y_test[:1], 1, device=device_of(net))).shape[1]
-        if classes != held.num_classes:
-            raise ValueError(f"the network has {classes} classes, {dataset.name} has {held.num_classes}")
+        classes = getattr(net.head, "num_classes", getattr(net.head, "out_features", dataset.num_classes))
+        if classes != dataset.num_classes:
+            raise ValueError(f"the network has {classes} classes, {dataset.name} has {dataset.num_classes}")
         self.update = Update(net, method, momentum=momentum, weight_decay=weight_decay, awp=awp, ema=ema, precision=precision, compile=compile, seed=seed, device=device)
         self.net, self.device = self.update.net, self.update.device
+        held = hold_out(dataset, val_size) if stream is None else dataset
         padding = held.x_train.shape[1] // 8 if padding is None else padding
         self.loader = Stream(stream, self.device, seed) if stream is not None else Loader(
             held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip, seed=seed, device=self.device, rows=my_rows(min(batch_size, len(held.x_train))))

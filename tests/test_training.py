@@ -323,9 +323,9 @@ def test_a_partly_frozen_network_takes_a_step_with_perturbed_weights(digits):
 
 def test_a_network_of_other_classes_or_channels_is_refused(digits):
     for net, message in ((LinearNet("cifar_resnet8", 12, digits.mean, digits.std), "the network has 12 classes, digits has 10"),
-                         (LinearNet("cifar_resnet8", 10), r"images are \(1, 1, 8, 8\), expected 3 channels")):
+                         (LinearNet("cifar_resnet8", 10), r"images are \(128, 1, 8, 8\), expected 3 channels")):
         with pytest.raises(ValueError, match=message):
-            Trainer(net, Standard(), digits, device="cpu", quiet=True)
+            Trainer(net, Standard(), digits, device="cpu", quiet=True).fit()
 
 
 def test_weights_can_be_read_by_others(digits, tmp_path):
