@@ -100,7 +100,7 @@ def test_interrupted_it_goes_on(here):
     (["their_models:linear", "--dataset", "digits", "--attacks", "pgd"], "unknown attack 'pgd': did you mean 'pgd20'"),
     (["their_models:linear", "--dataset", "digits", "--attacks", "prototype"], "unknown attack 'prototype'"),
     (["their_models:linear", "--dataset", "digits", "--norm", "l2"], "--norm l2 needs --eps"),
-    (["their_models:linear", "--dataset", "digits", "--robustbench", "x.json", "--autoattack-images", "5"], "on all images"),
+    (["their_models:linear", "--dataset", "digits", "--robustbench", "x.json", "--autoattack-images", "5"], "on the images of the clean accuracy"),
     (["their_models:linear", "--dataset", "digits", "--norm", "l1"], "unknown norm 'l1'"),
     (["their_models:linear", "--dataset", "digits", "--output", "their_models.py"], "is there already"),
     (["their_models:linear", "--dataset", "nothing/"], "is no folder of images"),
