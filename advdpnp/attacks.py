@@ -244,7 +244,6 @@ def folded(
     with fold(pairs):
         yield
 
-
 # %% ../nbs/40_attacks.ipynb #c013
 def check_images(
     x: torch.Tensor,  # (B, C, H, W) floats in [0, 1]

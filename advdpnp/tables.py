@@ -642,8 +642,9 @@ def draw_tradeoff(records):
     figure, ax = plt.subplots(figsize=(7.5, 4.8))
     sides = itertools.cycle([((9, 9), "left"), ((-12, -36), "right"), ((9, 9), "left"), ((-30, -18), "right"), ((26, 16), "left")])  # where a point's setting is written: on another side for each front
     by_method = _by_method(records)
+    of = colours(by_method)
     for (method, runs), (aside, alignment) in zip(by_method.items(), sides):
-        rows, colour = over_seeds(tradeoff_rows(runs)), colours(by_method)[method]
+        rows, colour = over_seeds(tradeoff_rows(runs)), of[method]
         points, firsts = rows[["clean", "worst"]].to_numpy(), [seeds[0] for seeds in grouped(runs).values()]
         reach = np.abs([[[r[which][end] - r[which]["accuracy"] for r in firsts] for end in ("low", "high")] for which in ("clean", "worst")])
         ax.errorbar(*points.T, xerr=reach[0], yerr=reach[1], fmt="o", ms=4, lw=0.5, color=colour, alpha=0.3)
