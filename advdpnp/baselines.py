@@ -17,7 +17,7 @@ from .attacks import ThreatModel, ascend, folded, untouched
 from .data import one_of
 from .losses import AdvDPNPLoss, Supervised, consistency
 from .prototypes import Classifier, PrototypeNet, make_backbone
-from .training import AdvDPNP
+from .training import AdvDPNP, Adversarial
 
 # %% ../nbs/55_baselines.ipynb #c004
 class LinearNet(Classifier):
@@ -49,12 +49,8 @@ class Standard(Supervised):
 
 # %% ../nbs/55_baselines.ipynb #c010
 @dataclass(frozen=True)
-class PGDAT(Supervised):
+class PGDAT(Adversarial):
     "Cross-entropy on adversarial images (Madry et al., ICLR 2018)."
-
-    eps: float  # linf, on the scale of images in [0, 1]
-    steps: int = 10
-    craft = AdvDPNP.craft  # the same attack
 
     def loss(self, net, x, x_adv, y):
         "The loss of a batch, and its terms."
@@ -63,11 +59,9 @@ class PGDAT(Supervised):
 
 # %% ../nbs/55_baselines.ipynb #c013
 @dataclass(frozen=True)
-class TRADES(Supervised):
+class TRADES(Adversarial):
     "Cross-entropy on clean images and divergence on adversarial ones (Zhang et al., ICML 2019)."
 
-    eps: float  # linf, on the scale of images in [0, 1]
-    steps: int = 10
     beta: float = 6.0  # weight of the divergence: larger is more robust and less accurate
 
     def craft(self, net, x, y, generator):
@@ -88,13 +82,10 @@ class TRADES(Supervised):
 
 # %% ../nbs/55_baselines.ipynb #c016
 @dataclass(frozen=True)
-class MART(Supervised):
+class MART(Adversarial):
     "Boosted cross-entropy on adversarial images, and divergence weighted by what is misclassified (Wang et al., ICLR 2020)."
 
-    eps: float  # linf, on the scale of images in [0, 1]
-    steps: int = 10
     beta: float = 5.0  # weight of the divergence
-    craft = AdvDPNP.craft  # the same attack as in PGD-AT
 
     def loss(self, net, x, x_adv, y):
         "The loss of a batch, and its terms."
@@ -122,14 +113,11 @@ class DPNP(Supervised):
 
 # %% ../nbs/55_baselines.ipynb #c022
 @dataclass(frozen=True)
-class DualBranchLinear(Supervised):
+class DualBranchLinear(Adversarial):
     "Cross-entropy on clean and on adversarial images, and consistency between them: Adv-DPNP without prototypes."
 
-    eps: float  # linf, on the scale of images in [0, 1]
-    steps: int = 10
     consistency: float = 1.0  # lambda_c
     clean_weight: float = 1.0  # of the clean cross-entropy
-    craft = AdvDPNP.craft
 
     def loss(self, net, x, x_adv, y):
         "The loss of a batch, and its terms."

@@ -8,7 +8,7 @@ __all__ = ['REPULSIONS', 'CONSISTENCIES', 'positive_alignment', 'negative_repuls
 
 # %% ../nbs/30_losses.ipynb #c002
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional as F
@@ -85,16 +85,17 @@ CONSISTENCIES = {  # of clean and adversarial logits, and of clean and adversari
 # %% ../nbs/30_losses.ipynb #c016
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
-    "What every training loss has: cross-entropy, of smoothed labels if asked for (Szegedy et al., CVPR 2016)."
+    "What every training loss has: cross-entropy, of smoothed labels if asked for (Szegedy et al., CVPR 2016). The floats among its settings are weights."
 
     label_smoothing: float = 0.0  # share of the target that is spread evenly over all classes, 0 to 1
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}: expected 0 to 1")
-        for name in ("alignment", "repulsion", "consistency", "clean_weight", "beta"):
-            if not 0 <= getattr(self, name, 0.0) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite weight, 0 or more")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} is {value}: expected a finite weight, 0 or more")
 
     def cross_entropy(self, logits, labels):
         "Mean over the batch."

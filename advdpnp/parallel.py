@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['share', 'together', 'my_rows', 'mean_over_processes', 'as_the_first_says', 'wait_for_all', 'SharedStatistics',
-           'SharedBatchNorm2d', 'SharedBatchNormAct2d', 'share_batch_norms', 'after_earlier_rows']
+           'SharedBatchNorm2d', 'SharedBatchNormAct2d', 'share_batch_norms', 'generator_of_my_rows']
 
 # %% ../nbs/48_parallel.ipynb #c002
 import os
@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
-from .data import pick_device
+from .data import pick_device, seeded
 
 # %% ../nbs/48_parallel.ipynb #c005
 def share() -> tuple[int, int]:
@@ -118,19 +118,23 @@ def share_batch_norms(
     if next(net.parameters()).is_cuda:
         return convert_sync_batchnorm(net)
     for module in net.modules():
-        if type(module) in (nn.BatchNorm2d, BatchNormAct2d):
-            module.__class__ = SharedBatchNorm2d if type(module) is nn.BatchNorm2d else SharedBatchNormAct2d
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SharedStatistics):
-            raise ValueError(f"{type(module).__name__} cannot be shared by processes on a CPU: expected BatchNorm2d")
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, SharedStatistics):
+            continue
+        if type(module) not in (nn.BatchNorm2d, BatchNormAct2d) or not module.affine or not module.track_running_stats or module.momentum is None:
+            raise ValueError(f"{module} cannot be shared by processes on a CPU: expected BatchNorm2d with weights, running statistics and a momentum")
+        module.__class__ = SharedBatchNorm2d if type(module) is nn.BatchNorm2d else SharedBatchNormAct2d
     return net
 
 # %% ../nbs/48_parallel.ipynb #c015
-def after_earlier_rows(
-    generator: torch.Generator,
+def generator_of_my_rows(
     x: torch.Tensor,  # (B, C, H, W): this process's rows
-) -> torch.Generator:
-    "The generator, after it has drawn a number for every value of earlier processes' rows."
-    before = share()[0] * x.numel()
+    *key: int,  # see `seed_of`
+) -> torch.Generator:  # on the device of `x`
+    "A generator for what is drawn for this process's rows: on a CPU it gives the numbers that one process would draw for them."
+    rank = share()[0]
+    if x.is_cuda:
+        return seeded(x.device, *key, rank)
+    generator, before = seeded(x.device, *key), rank * x.numel()
     if before:
         torch.empty(before, device=x.device).uniform_(generator=generator)
     return generator

@@ -90,6 +90,8 @@ class Classifier(nn.Module):
         std=(1.0,),  # then divided by
     ):
         super().__init__()
+        if len(mean) != len(std):
+            raise ValueError(f"mean has {len(mean)} and std {len(std)} numbers: expected as many, one a channel")
         self.backbone, self.head = backbone, head
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))

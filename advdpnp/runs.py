@@ -40,7 +40,7 @@ from .data import Loader, at_most, averaged, cores, has_fast_bf16, is_path, load
 from .evaluation import OtherEvaluation, Resume, accuracy, evaluate, standard_attacks, to_digits
 from .geometry import geometry
 from .parallel import as_the_first_says, share
-from .training import Trainer, claim_folder, differing
+from .training import Trainer, check_folder, differing, load_state
 
 # %% ../nbs/80_runs.ipynb #c005
 _ALL = dict(weight_decay=5e-4, precision="float32", awp=0.0, ema=0.0, side=None, train_images=None, test_images=None, last_autoattack_images=None, corruption_images=None)
@@ -84,6 +84,9 @@ CHOSEN = {  # on held-out training images, see figure1
 }
 
 # %% ../nbs/80_runs.ipynb #c008
+_FLOATS = ("norm", "eval_step_size")  # whose usual value is a word, or none
+
+
 def _fits(key, value, usual):
     "Whether a setting is of the kind of its usual value: a whole number, a number, a word, a yes or no."
     optional = any(values.get(key, ...) is None for values in (*PRESETS.values(), budget_of("digits")))
@@ -91,7 +94,7 @@ def _fits(key, value, usual):
         return optional if value is None else key == "norm"
     if isinstance(value, bool) or isinstance(usual, (bool, str)) and key != "norm":
         return type(value) is type(usual)
-    return isinstance(value, numbers.Real if isinstance(usual, float) or key in ("norm", "eval_step_size") else numbers.Integral) and math.isfinite(value)
+    return isinstance(value, numbers.Real if isinstance(usual, float) or key in _FLOATS else numbers.Integral) and math.isfinite(value)
 
 
 def make_config(
@@ -125,14 +128,18 @@ def make_config(
         usual = config[one_of(key, config, "parameter")]
         if not _fits(key, value, usual):
             raise ValueError(f"{key} is {value!r}: expected something like {'a whole number, or None' if usual is None else repr(usual)}")
+        if isinstance(value, numbers.Number) and not isinstance(value, bool):  # 1 is 1.0 where numbers need not be whole, and NumPy's are no JSON
+            changes[key] = (float if isinstance(usual, float) or key in _FLOATS else int)(value)
     of_machine = PRESETS[preset]["precision"] == "bf16"  # so that asking for a precision is a change, even if it is what this machine would take
     changes = {key: value for key, value in changes.items() if value != config[key] or (key, of_machine) == ("precision", True)}
-    config |= {key: value.item() if hasattr(value, "item") else value for key, value in changes.items()}  # NumPy's numbers are no JSON
+    config |= changes
     for key, value in config.items():
         if (key.endswith("images") or key in ("side", "val_size", "epochs", "batch_size")) and value is not None and value < 1:
             raise ValueError(f"{key} is {value}: expected at least 1")
+    if config["padding"] < 0 or not (config["eval_step_size"] is None or config["eval_step_size"] > 0):
+        raise ValueError(f"padding is {config['padding']} and eval_step_size {config['eval_step_size']}: expected 0 or more, and a step above 0 or None")
     METHODS[name](**{key: config[key] for key in fields if key != "norm"})  # a ValueError for weights that cannot be
-    ThreatModel(config["eps"])
+    ThreatModel(config["eps"])  # of methods that have none, too
     return dict(method=method, preset=preset, seed=seed, **config, changes=sorted({*changes} - {"dataset", "arch"}))
 
 
@@ -307,6 +314,8 @@ class Runs:
         "Where a run lives."
         name = f"{config['method']}-{config['arch'].replace('/', '_')}-{config['preset']}-s{config['seed']}"
         changed = "".join(f",{key}={config[key]}" for key in config["changes"])
+        if len(changed.encode()) > 150:  # a file system takes 255 bytes
+            changed = "," + hashlib.sha256(changed.encode()).hexdigest()[:12]
         return self.data_dir / "runs" / config["dataset"] / (name + changed)
 
     def adopted(self, config, kind="result"):
@@ -348,8 +357,15 @@ class Runs:
                        val_attack=PGD(config["eps"], steps=10), device=self.device, folder=self.folder(config),
                        config={"run": config}, quiet=self.quiet, name=title(config))
 
+    def check(self, config):
+        "Raise a ValueError if the run's folder holds one of other settings, such as an older preset's."
+        folder = self.folder(config)
+        if (folder / "config.json").exists():
+            check_folder(folder, read_json(folder / "config.json") | {"run": self.settled(config)})
+
     def trained(self, config):
         "Whether a run is trained to its last epoch."
+        self.check(config)
         return (self.folder(config) / "trained.json").exists()
 
     def sha256(self, config, which="best"):
@@ -366,14 +382,15 @@ class Runs:
         if not path.exists():
             there = self.adopted(config, kind)
             return of_settings(read_json(there), config, there) if there.exists() else None
-        claim_folder(path.parent, read_json(path.parent / "config.json") | {"run": self.settled(config)})
-        record, best = read_json(path), path.with_name("best.safetensors")
+        self.check(config)
+        record, best = of_settings(read_json(path), config, path), path.with_name("best.safetensors")
         if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
             raise ValueError(f"{path} is of another checkpoint than {best} (its sha256 differs): delete it to measure again")
         return record
 
     def model(self, config, which="best"):
         "The trained network of a run, in evaluation mode."
+        self.check(config)
         path = self.folder(config) / f"{one_of(which, ['best', 'last'], 'checkpoint')}.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"{path} is not there: train this run first, with Ledger.run")
@@ -390,7 +407,10 @@ class Runs:
     def twin(self, config):
         "The undefended twin of a run, if it is trained."
         plain = self.plain(config)
-        return self.model(plain) if config["method"] != "standard" and self.trained(plain) else None
+        try:
+            return self.model(plain) if config["method"] != "standard" and self.trained(plain) else None
+        except ValueError:
+            return None  # it is of other settings than today's
 
 
 def of_settings(
@@ -416,11 +436,12 @@ def attacks_of(config):
 
 def attacked(runs, config, deadline):
     "The best and the last epoch of a run under every attack, and how it was trained; interrupted, it goes on from what it found."
-    dataset, trainer, folder = runs.dataset(config), runs.trainer(config), runs.folder(config)
-    if not trainer.history:
+    dataset, folder = runs.dataset(config), runs.folder(config)
+    if not (folder / "state.pt").exists():
         raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: delete {folder} to train it again")
-    record = dict(epochs=trainer.epoch, training_seconds=round(trainer.seconds, 2), history=trainer.history,
-                  selection=f"best of {trainer.epoch} epochs by {trainer.criterion} accuracy on {config['val_size']} held-out training images")
+    state, criterion = load_state(folder / "state.pt"), "clean" if split_name(config["method"])[0] in CLEAN_METHODS else "robust"
+    record = dict(epochs=state["epoch"], training_seconds=round(state["seconds"], 2), history=state["history"],
+                  selection=f"best of {state['epoch']} epochs by {criterion} accuracy on {config['val_size']} held-out training images")
     for which in ("best", "last"):
         resume = folder / f"result-{which}.json"
         if which == "last" and runs.sha256(config, "last") == runs.sha256(config, "best"):
@@ -435,7 +456,7 @@ def attacked(runs, config, deadline):
         except OtherEvaluation:  # begun on a machine that rounds otherwise
             resume.unlink()
             found = measure()
-        record[which] = dict(epoch=trainer.best["epoch"] if which == "best" else trainer.epoch, sha256=runs.sha256(config, which), **found)
+        record[which] = dict(epoch=state["best"]["epoch"] if which == "best" else state["epoch"], sha256=runs.sha256(config, which), **found)
     return record | dict(trained_with=read_json(folder / "trained.json"))
 
 # %% ../nbs/80_runs.ipynb #c025e
@@ -522,6 +543,7 @@ class Ledger(Runs):
             with at_work(self.folder(config)) if first else nullcontext():
                 if as_the_first_says(self.trained(config)):
                     return True  # by another process, while this one waited
+                trainer.resume()  # another process may have gone on with it
                 others = _other_sittings(self.folder(config), made()) if first else []
                 if not trainer.fit(time_limit):
                     return False
@@ -538,6 +560,8 @@ class Ledger(Runs):
     ) -> dict | None:  # the record; None if time ran out
         "A record of a trained run: read if it is there, otherwise made."
         record, folder = self.result(config, kind), self.folder(config)
+        if record is None and not self.trained(config):
+            raise ValueError(f"{folder} holds no trained run: Ledger.run trains it first")
         if record is None and (time_limit is None or time_limit > 0):
             _forget_peak(self.device)
             config = self.settled(config)

@@ -6,6 +6,7 @@ PyTorch has, "meta"; the tensors of that device have no values, these have."""
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
+import advdpnp.data
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -98,6 +99,7 @@ def device_apart():
         return tree_map(lambda leaf: leaf.to(APART) if isinstance(leaf, torch.Tensor) else leaf, state) if there(map_location) else state
 
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(advdpnp.data, "DEVICES", ("cpu", "meta")))
         for name, what in dict(tensor=tensor, save=save, load=load, autocast=lambda *args, **how: nullcontext(),
                                Generator=lambda device="cpu": ApartGenerator() if there(device) else _Generator(device)).items():
             stack.enter_context(mock.patch.object(torch, name, what))

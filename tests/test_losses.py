@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from advdpnp import losses
-from advdpnp.baselines import DPNP, PGDAT, TRADES, LinearNet, Standard
+from advdpnp.baselines import DPNP, MART, PGDAT, TRADES, DualBranchLinear, LinearNet, Standard
 from advdpnp.losses import AdvDPNPLoss
 from advdpnp.prototypes import PrototypeHead
 from advdpnp.training import AdvDPNP
@@ -34,6 +34,18 @@ def repulsion(c):
         others = [c[k] @ c[j] / np.linalg.norm(c[k]) / np.linalg.norm(c[j]) for j in range(len(c)) if j != k]
         nearest.append(max(others))
     return np.mean(nearest)
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def mart(z, z_adv, y, beta):
+    total = 0
+    for clean, adv, label in zip(np.exp(log_softmax(z)), np.exp(log_softmax(z_adv)), y):
+        boosted = -np.log(adv[label]) - np.log(1.0001 - max(adv[k] for k in range(len(adv)) if k != label))
+        total += boosted + beta * sum(p * np.log(p / q) for p, q in zip(clean, adv)) * (1 - clean[label])
+    return total / len(y)
 
 
 @pytest.fixture(params=range(5))
@@ -70,6 +82,17 @@ def test_terms_and_total(case):
          + expected["adv_ce"] + 0.7 * expected["adv_alignment"] + 2.5 * expected["consistency"])
 
 
+def test_other_forms(case):
+    head, f, f_adv, y = case
+    c = head.prototypes.detach().numpy()
+    tf, tf_adv, ty = torch.from_numpy(f), torch.from_numpy(f_adv), torch.from_numpy(y)
+    pairs = [cosine(c[j], c[k]) for j in range(len(c)) for k in range(len(c)) if j != k]
+    same(losses.mean_repulsion(head.prototypes), np.mean(pairs))
+    rivals = [max((k for k in range(len(c)) if k != label), key=lambda k: features @ c[k]) for features, label in zip(f, y)]
+    same(losses.sample_repulsion(tf, ty, head.prototypes), np.mean([cosine(c[label], c[k]) for label, k in zip(y, rivals)]))
+    same(losses.half_distance(tf, tf_adv), np.mean([0.5 * sum((a - b) ** 2) for a, b in zip(f, f_adv)]))
+
+
 def test_methods_from_images(digits, net, batch):
     "The methods' own losses, from images, in evaluation mode so that the reference sees the same features."
     x, y = batch[0].double(), batch[1]
@@ -83,6 +106,9 @@ def test_methods_from_images(digits, net, batch):
         y_np = y.numpy()
         same(Standard().loss(linear, x, x, y)[0], cross_entropy(z, y_np))
         same(PGDAT(eps=0.1).loss(linear, x, x_adv, y)[0], cross_entropy(z_adv, y_np))
+        same(MART(eps=0.1, beta=3.0).loss(linear, x, x_adv, y)[0], mart(z, z_adv, y_np, 3))
+        same(DualBranchLinear(eps=0.1, consistency=2.0, clean_weight=0.5).loss(linear, x, x_adv, y)[0],
+             0.5 * cross_entropy(z, y_np) + cross_entropy(z_adv, y_np) + 2 * kl(z, z_adv))
         same(TRADES(eps=0.1, beta=6.0).loss(linear, x, x_adv, y)[0], cross_entropy(z, y_np) + 6 * kl(z, z_adv))
         clean = cross_entropy(f @ c.T, y_np) + 0.3 * alignment(f, y_np, c) + 0.2 * repulsion(c)
         same(DPNP(alignment=0.3, repulsion=0.2).loss(net, x, x, y)[0], clean)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,25 @@ def test_a_batch_that_cannot_be_shared(monkeypatch, digits):
         advdpnp.parallel.my_rows(64)
 
 
+@pytest.mark.parametrize("settings", [dict(affine=False), dict(track_running_stats=False), dict(momentum=None)])
+def test_a_batch_norm_that_cannot_be_shared(monkeypatch, settings):
+    import advdpnp.parallel
+    monkeypatch.setattr(advdpnp.parallel, "share", lambda: (0, 2))
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2, **settings))
+    with pytest.raises(ValueError, match="cannot be shared by processes on a CPU"):
+        advdpnp.parallel.share_batch_norms(net)
+
+
+def test_every_process_of_several_gpus_has_a_seed_of_its_own(monkeypatch):
+    import advdpnp.parallel
+    monkeypatch.setattr(advdpnp.parallel, "seeded", lambda device, *key: key)
+    seeds = []
+    for rank in range(4):
+        monkeypatch.setattr(advdpnp.parallel, "share", lambda: (rank, 4))
+        seeds.append(advdpnp.parallel.generator_of_my_rows(types.SimpleNamespace(is_cuda=True, device="cuda"), 0, 5))
+    assert seeds == [(0, 5, rank) for rank in range(4)]
+
+
 def test_a_stream_trains_like_the_images_it_is_made_of(digits):
     "Batches of a timm loader over a folder of images, through the same trainer."
     x, y = torch.from_numpy(digits.x_train[:256]).permute(0, 3, 1, 2), torch.from_numpy(digits.y_train[:256])
@@ -172,4 +192,5 @@ def test_a_compiled_network_trains_like_the_plain_one(digits):
             lines.append(trainer.step(x, y)["loss"].item())
         losses.append(lines)
         assert all("_orig_mod" not in name for name in net.state_dict())
+        assert (net.backbone._compiled_call_impl is not None) == compiled
     np.testing.assert_allclose(*losses, atol=1e-5)

@@ -11,6 +11,7 @@ import advdpnp.runs
 import advdpnp.tables
 from advdpnp.runs import Ledger, at_work, make_config, status, worker
 from advdpnp.tables import adopt, make_table
+from advdpnp.training import Trainer
 
 FEW = dict(epochs=1, test_images=30, autoattack_images=2, check_images=10)
 TINY = FEW | dict(dataset="digits", arch="cifar_resnet8", side=None, train_images=None, val_size=100, padding=0, last_autoattack_images=2)
@@ -69,6 +70,23 @@ def test_what_another_process_has_finished_in_the_meantime_is_left_as_it_is(tmp_
     monkeypatch.setattr(Ledger, "trainer", overtaken)
     assert behind.train(config)
     assert written == [last_write()]
+
+
+def test_what_another_process_has_done_in_the_meantime_is_gone_on_from(tmp_path, monkeypatch):
+    ledger, config = Ledger(tmp_path, "cpu", quiet=True), make_config("standard", "quick", device="cpu", **FEW | dict(epochs=2))
+    behind, trainer, step, seen = Ledger(tmp_path, "cpu", quiet=True), Ledger.trainer, Trainer.step, []
+
+    def overtaken(self, config):
+        found = trainer(self, config)
+        if self is behind:
+            assert not ledger.train(config, time_limit=60)
+        return found
+
+    monkeypatch.setattr(Trainer, "_late", lambda self, deadline: deadline < float("inf") and self.epoch == 1)
+    monkeypatch.setattr(Trainer, "step", lambda self, *batch: seen.append(self.epoch) or step(self, *batch))
+    monkeypatch.setattr(Ledger, "trainer", overtaken)
+    assert behind.train(config)
+    assert seen == sorted(seen) and seen.count(0) == seen.count(1) > 0
 
 
 def test_verdicts_of_a_machine_that_rounds_otherwise_are_made_anew(tmp_path):

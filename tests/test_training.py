@@ -295,9 +295,8 @@ def test_weight_perturbation_and_averages_survive_an_interruption(tmp_path):
     parts = trainer(tmp_path / "parts")
     for which in ("best", "last"):
         assert all(torch.equal(value, parts.weights(which)[name]) for name, value in whole.weights(which).items())
-    last, kept, trained = whole.weights("last"), whole.net.state_dict(), parts.net.state_dict()  # `parts` has been read, to go on
-    assert all(torch.equal(value, kept[name]) for name, value in last.items())
-    assert any(not torch.equal(value, trained[name]) for name, value in last.items())
+    for net in (whole.net, parts.net):  # the averages, where training has ended and where that was read
+        assert all(torch.equal(value, net.state_dict()[name]) for name, value in whole.weights("last").items())
 
 
 def test_averaged_weights_are_the_running_mean():
@@ -330,7 +329,8 @@ def test_a_network_of_other_classes_or_channels_is_refused(digits):
 
 def test_weights_can_be_read_by_others(digits, tmp_path):
     trainer(digits, tmp_path, epochs=1).fit()
-    assert len({path.stat().st_mode for path in (tmp_path / "best.safetensors", tmp_path / "metrics.jsonl")}) == 1
+    (tmp_path / "any").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir() if path.suffix} == {(tmp_path / "any").stat().st_mode}
 
 
 def test_an_archive_that_is_not_to_be_mirrored_is_trained_on_in_a_folder(digits, tmp_path):
