@@ -159,7 +159,7 @@ def evaluate(
     from advdpnp.data import averaged, load_dataset, one_of, pick_device, replacing
     from advdpnp.evaluation import evaluate, report, robustbench_info, standard_attacks
     from advdpnp.prototypes import PrototypeNet
-    from advdpnp.runs import budget_of, load_checkpoint, provenance
+    from advdpnp.runs import budget_of, load_checkpoint, provenance, sha256_of
 
     def get(spec):
         if ":" not in spec and not Path(spec).exists():
@@ -189,6 +189,8 @@ def evaluate(
         for file in filter(None, (output, robustbench)):
             if file.exists():
                 raise ValueError(f"{file} is there already: move it, or name another file with --output or --robustbench")
+        if robustbench and robustbench.resolve() == output.resolve():
+            raise ValueError(f"--output and --robustbench are both {output}: expected two files")
         if autoattack_images and "autoattack" not in [a.name for a in chosen]:
             raise ValueError("--autoattack-images needs the attack autoattack")
         if robustbench and (autoattack_images or "autoattack" not in [a.name for a in chosen]):
@@ -197,7 +199,8 @@ def evaluate(
         limits = {"autoattack": autoattack_images} if autoattack_images else None
         other = get(twin)[0].to(place) if twin else None
         record = evaluate(net.to(place), data, chosen, images, limits, batch_size=batch_size, seed=seed, twin=other, resume=kept, quiet=quiet)
-        record = dict(model=model, **{**record, **provenance(torch.device(record["device"]))})
+        weights = {"sha256": sha256_of(beside.with_suffix(".safetensors"))} if config else {}
+        record = dict(model=model, **{**weights, **record, **provenance(torch.device(record["device"]))})
         with replacing(output) as part:
             part.write_text(json.dumps(record, indent=1))
         kept.unlink(missing_ok=True)

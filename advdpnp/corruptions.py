@@ -92,7 +92,8 @@ def gaussian_blur(x, sigma, rng):
 def defocus_blur(x, radius_and_edge, rng):
     "Blur with a disk."
     radius, edge = radius_and_edge
-    radius, reach = radius * max(1, x.shape[1] / 32), 8  # below a pixel there is no disk
+    radius *= max(1, x.shape[1] / 32)  # below a pixel there is no disk
+    reach = max(8, math.ceil(radius))
     off = np.arange(-reach, reach + 1)
     disk = (off[:, None] ** 2 + off**2 <= radius**2).astype(float)
     soft = np.exp(-(np.arange(-1, 2) ** 2) / (2 * edge**2))
@@ -105,6 +106,7 @@ def defocus_blur(x, radius_and_edge, rng):
 def glass_blur(x, how, rng):
     "Blur a little, let neighbours trade places, and blur again."
     sigma, shift, times = how
+    shift = round(shift * max(1, x.shape[1] / 32))  # at least a pixel
     blurred = (gaussian_blur(x, sigma, rng) * 255).astype(np.uint8) / 255
     n, h, w, _ = x.shape
     each = np.arange(n)
@@ -391,7 +393,7 @@ class CorruptedImages:
         one_of(severity, range(1, 6), "severity")
         rows = len(self.dataset.x_test) if self.about["source"] == "published" else self.count
         begin = (severity - 1) * rows
-        x = np.array(np.load(self.files[name], mmap_mode="r")[begin : begin + min(images or self.count, self.count)])
+        x = np.array(np.load(self.files[name], mmap_mode="r")[begin : begin + self.count][:images])
         data = replace(self.dataset, x_train=x[:0], y_train=self.dataset.y_train[:0], x_test=x, y_test=self.dataset.y_test[: len(x)])
         return averaged(data, side) if side else data
 
@@ -424,12 +426,14 @@ def corrupted_images(
     names=STANDARD,
     images: int | None = None,  # only the first so many test images; None: all
     seed: int = 0,  # of images made here
-    jobs: int | str = "auto",  # processes; "auto": all cores, for few images one
+    jobs: int | str = 1,  # processes; "auto": all cores, for few images one. A script needs `if __name__ == "__main__":` for several
     quiet: bool = False,  # no progress bar
 ) -> CorruptedImages:
     "The published files of CIFAR-10-C if they are there, otherwise images made by the same recipe."
     names, data_dir = [one_of(name, SEVERITIES, "corruption") for name in names], Path(data_dir)
-    count = min(images or len(dataset.x_test), len(dataset.x_test))
+    if images is not None and images < 1:
+        raise ValueError(f"images is {images}: expected at least 1, or None for all")
+    count = len(dataset.x_test[:images])
     if dataset.name == "cifar10" and (data_dir / "CIFAR-10-C").is_dir():
         files = published_files(data_dir / "CIFAR-10-C", dataset.y_test, names)
         return CorruptedImages(dataset, files, count, dict(source="published", md5={name: PUBLISHED[name] for name in names}))

@@ -101,7 +101,7 @@ class Dataset:
         if labels.min() < 0 or labels.max() >= len(names):
             raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}, expected 0 to {len(names) - 1}")
         if labels.min() > 0 and len(self.class_names) == 0:
-            raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}: they count from 0, or classes have names")
+            raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}: they count from 0, or class_names name all classes")
         images = self.x_train if len(self.x_train) else self.x_test
         pixels = images.reshape(-1, images.shape[-1])
         mean, std = (np.asarray(value, float).reshape(-1) for value in (self.mean, self.std))
@@ -238,10 +238,12 @@ def read_folder(
     "Images to test on, classes in alphabetical order as in torchvision's `ImageFolder` (10 before 2); a ValueError if they are not all of one size, or have more than 8 bits a channel."
     path = Path(path)
     try:
-        source = ImageFolder(path, loader=PIL.Image.open)
+        source = ImageFolder(path, allow_empty=True)
     except (FileNotFoundError, OSError) as error:
         raise ValueError(f"{path} is no folder of images: expected one sub-folder a class, with images in it ({error})") from error
     files, pictures = [file for file, _ in source.samples], []
+    if not files:
+        raise ValueError(f"{path} is no folder of images: there are none in its sub-folders")
     for file in files:
         try:
             with PIL.Image.open(file) as picture:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wilson', 'standard_attacks', 'accuracy', 'logit_range', 'to_digits', 'from_digits', 'OtherEvaluation', 'Resume',
-           'evaluate', 'report', 'robustbench_info']
+           'described', 'evaluate', 'report', 'robustbench_info']
 
 # %% ../nbs/60_evaluation.ipynb #c002
 import dataclasses
@@ -127,6 +127,12 @@ class Resume:
 
         return keep
 
+# %% ../nbs/60_evaluation.ipynb #c017b
+def described(attack) -> dict:
+    "An attack's class and settings, as far as they are plain values."
+    plain = lambda settings: {key: value for key, value in settings.items() if isinstance(value, (str, int, float, bool, type(None)))}
+    return {"class": type(attack).__qualname__} | (dataclasses.asdict(attack) if dataclasses.is_dataclass(attack) else plain(getattr(attack, "__dict__", {})))
+
 # %% ../nbs/60_evaluation.ipynb #c019
 def evaluate(
     model: nn.Module,  # images in [0, 1] to logits, on any device
@@ -144,7 +150,8 @@ def evaluate(
     title: str = "",  # before the attacks' names on the bars
 ) -> dict:  # dataset, data_sha256, n, device, seconds; metrics by name; logits; checks with curve and path
     "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it. A ValueError if model, data and attacks do not go together."
-    began, names = time.monotonic(), [attack.name for attack in attacks]
+    began, attacks = time.monotonic(), [*attacks]
+    names = [attack.name for attack in attacks]
     if len(set(names)) < len(names):
         raise ValueError(f"attacks named {', '.join(names)}: expected different names")
     if reserved := {"clean", "worst"} & {*names}:
@@ -163,13 +170,13 @@ def evaluate(
     if twin is not None and all_logits(twin, Loader(x[:1], y[:1], 1, device=device)).shape[1] != logits.shape[1]:
         raise ValueError("the twin has another number of classes than the model")
     limits = {name: min((limits or {}).get(name, len(y)), len(y)) for name in names}
-    settings = [dict(name=a.name, images=limits[a.name], eps=a.eps, norm=getattr(a, "norm", "linf")) |
-                (dataclasses.asdict(a) if dataclasses.is_dataclass(a) else {}) | dict(seed=seed) for a in attacks]
+    settings = [dict(name=a.name, images=limits[a.name], eps=a.eps, norm=getattr(a, "norm", "linf")) | described(a) | dict(seed=seed) for a in attacks]
     said = hashlib.sha256(logits.numpy().tobytes()).hexdigest()  # what the model is: code and weights, and the machine's rounding
     key = dict(logits=said, data=dataset.sha256, images=len(y), batch_size=batch_size, seed=seed, attacks=settings)
     kept = Resume(resume, json.loads(json.dumps(key)), deadline, began)
     if logits.shape[1] != dataset.num_classes:
-        raise ValueError(f"the model has {logits.shape[1]} classes, {dataset.name} has {dataset.num_classes}")
+        raise ValueError(f"the model has {logits.shape[1]} classes, {dataset.name} has {dataset.num_classes}: "
+                         "class_names in an archive, or an empty folder for a class, say that there are others")
     if bad := (~logits.isfinite().all(1)).sum().item():
         raise ValueError(f"the model's logits are not finite for {bad} of {len(y)} test images")
     check_labels(labels, dataset.num_classes)
@@ -178,7 +185,7 @@ def evaluate(
     for attack, setting in zip(attacks, settings):
         n = limits[attack.name]
         part, standing = Loader(x[:n], y[:n], batch_size, device=device), clean[:n]
-        cascade = hasattr(attack, "attacks")
+        cascade = isinstance(attack, AutoAttack)
         for stage in attack.attacks if cascade else [attack]:
             name = f"{attack.name}/{stage.name}" if cascade else attack.name
             standing = standing_after(model, part, stage, standing, seed, quiet, title, kept.begin(name), kept.keeper(name))
@@ -188,9 +195,9 @@ def evaluate(
         metrics[attack.name] = accuracy(standing) | {"attack": setting}
         if cascade:
             metrics[attack.name]["stages"] = {name: accuracy(v)["accuracy"] for name, v in stages.items()}
-    n = min(limits.values(), default=len(y))
-    worst = torch.stack([v[:n] for v in verdicts.values()]).all(0)  # only where every attack was run
-    metrics["worst"] = accuracy(worst)
+    if attacks:
+        worst = torch.stack([v[: min(limits.values())] for v in verdicts.values()]).all(0)  # only where every attack was run
+        metrics["worst"] = accuracy(worst)
     record = dict(dataset=dataset.name, data_sha256=dataset.sha256, n=len(y), device=str(device), batch_size=batch_size, seed=seed,
                   metrics=metrics, logits=logit_range(logits, labels))
     if deadline is not None and time.time() > deadline:

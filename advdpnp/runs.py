@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'RECORDS', 'budget_of', 'make_config', 'config_hash',
            'check_parameters', 'processor', 'provenance', 'one_thread', 'sha256_of', 'load_checkpoint', 'at_work',
-           'worker', 'status', 'settled', 'Runs', 'of_settings', 'title', 'attacks_of', 'attacked', 'first_images',
-           'under_corruptions', 'shape_of_features', 'tradeoff', 'of_best', 'Ledger', 'share_work', 'do_alone']
+           'worker', 'status', 'settled', 'Runs', 'of_settings', 'title', 'attacks_of', 'chosen_by', 'attacked',
+           'first_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'of_best', 'Ledger', 'share_work',
+           'do_alone']
 
 # %% ../nbs/80_runs.ipynb #c002
 import dataclasses
@@ -287,7 +288,8 @@ def status(
     if (folder / "error.txt").exists():
         return "failed", (folder / "error.txt").read_text().strip()
     if (folder / "trained.json").exists():
-        return "trained", "not measured"
+        kinds = [kind for kind in RECORDS if (folder / f"{kind}.json").exists()]
+        return "trained", f"measured: {', '.join(kinds)}" if kinds else "not measured"
     return ("interrupted", f"after {epochs} epochs") if (folder / "config.json").exists() else ("missing", "")
 
 # %% ../nbs/80_runs.ipynb #c025
@@ -338,7 +340,7 @@ class Runs:
 
     def corrupted(self, config):
         "The corrupted test images of a run, made if they are not there."
-        return corrupted_images(load_dataset(config["dataset"], self.data_dir), self.data_dir, images=config["corruption_images"], quiet=self.quiet)
+        return corrupted_images(load_dataset(config["dataset"], self.data_dir), self.data_dir, images=config["corruption_images"], jobs="auto", quiet=self.quiet)
 
     def net(self, config):
         "The untrained network of a run; the same seed gives the same weights."
@@ -434,14 +436,18 @@ def attacks_of(config):
     return standard_attacks(config["eps"], prototypes=split_name(config["method"])[0] in PROTOTYPE_METHODS, step_size=config["eval_step_size"])
 
 
+def chosen_by(config):
+    "What makes an epoch of a run the best."
+    return f"{'clean' if split_name(config['method'])[0] in CLEAN_METHODS else 'robust'} accuracy on {config['val_size']} held-out training images"
+
+
 def attacked(runs, config, deadline):
     "The best and the last epoch of a run under every attack, and how it was trained; interrupted, it goes on from what it found."
     dataset, folder = runs.dataset(config), runs.folder(config)
     if not (folder / "state.pt").exists():
         raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: delete {folder} to train it again")
-    state, criterion = load_state(folder / "state.pt"), "clean" if split_name(config["method"])[0] in CLEAN_METHODS else "robust"
-    record = dict(epochs=state["epoch"], training_seconds=round(state["seconds"], 2), history=state["history"],
-                  selection=f"best of {state['epoch']} epochs by {criterion} accuracy on {config['val_size']} held-out training images")
+    state = load_state(folder / "state.pt")
+    record = dict(epochs=state["epoch"], training_seconds=round(state["seconds"], 2), history=state["history"], selection=f"best of {state['epoch']} epochs by {chosen_by(config)}")
     for which in ("best", "last"):
         resume = folder / f"result-{which}.json"
         if which == "last" and runs.sha256(config, "last") == runs.sha256(config, "best"):

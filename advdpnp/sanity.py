@@ -11,6 +11,7 @@ __all__ = ['LEAD', 'TOLERANCE', 'outcome', 'failed', 'check_outputs', 'check_gra
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,17 +44,18 @@ def check_outputs(
     model: nn.Module,  # images in [0, 1] to logits, in the mode in which it was given
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]
     y: torch.Tensor,  # (B,)
+    batch_size: int = 500,
 ) -> list[dict]:  # outcomes
     "Whether the outputs are logits that depend on the image alone."
     mode = model.training
     outputs = []
     for seed in (0, 1):  # two seeds: what is drawn at random differs
         with torch.no_grad(), untouched(model, seeded(x.device, seed)):
-            outputs.append(model(x).float())
+            outputs.append(torch.cat([model(part).float() for part in x.split(batch_size)]))
     with torch.no_grad(), untouched(model, seeded(x.device, 0)):
         alone = torch.cat([model(image[None]).float() for image in x[:4]])
     first, second = outputs
-    size = first.abs().max().clamp(min=1e-12)
+    size = (first - first.mean(1, keepdim=True)).abs().max().clamp(min=1e-12)  # what is added to all of an image's logits changes nothing
     again, apart = ((first - second).abs().max() / size).item(), ((first[:4] - alone).abs().max() / size).item()
     sums = first.sum(1)
     probabilities = first.min() >= -1e-5 and first.max() <= 1.01 and (sums - 1).abs().max() < 1e-2  # also in half precision
@@ -61,8 +63,8 @@ def check_outputs(
     far = 100 * (lead > LEAD).float().mean().item()
     return [
         outcome("evaluation mode", not mode, "given in training mode" if mode else "given in evaluation mode", "evaluation mode"),
-        outcome("deterministic", again < 1e-3, f"asked again, logits differ by {again:.1e} of the largest", "less than 1e-3"),
-        outcome("batch-independent", apart < 1e-3, f"alone, an image's logits differ by {apart:.1e} of the largest", "less than 1e-3"),
+        outcome("deterministic", again < 1e-3, f"asked again, logits differ by {again:.1e} of their size", "less than 1e-3"),
+        outcome("batch-independent", apart < 1e-3, f"alone, an image's logits differ by {apart:.1e} of their size", "less than 1e-3"),
         outcome("logits", not probabilities, f"outputs from {first.min():.3g} to {first.max():.3g}, rows sum to {sums.min():.3g} to {sums.max():.3g}", "no probabilities"),
         outcome("logit range", far <= 1, f"{far:.1f}% of images lead by more than {LEAD:g}; logits from {first.min():.3g} to {first.max():.3g}", "at most 1%"),
     ]
@@ -73,15 +75,16 @@ def check_gradients(
     x: torch.Tensor,  # (B, C, H, W) in [0, 1], correctly classified
     y: torch.Tensor,  # (B,)
     threat: ThreatModel,
+    batch_size: int = 500,
 ) -> list[dict]:  # outcomes
     "Whether the loss has a gradient to follow."
     generator, zero = seeded(x.device, 0), []
     with untouched(model, generator), torch.enable_grad():
-        for start in (x, threat.random_start(x, generator)):
-            z = start.detach().requires_grad_()
-            gradient = gradient_of(cross_entropy(model(z), y).sum(), z)
-            zero.append((gradient.flatten(1).abs().amax(1) == 0).float().cpu())
-    share = 100 * torch.stack(zero).amax(0).mean().item()
+        for x, y in zip(x.split(batch_size), y.split(batch_size)):
+            starts = [start.detach().requires_grad_() for start in (x, threat.random_start(x, generator))]
+            gradients = [gradient_of(cross_entropy(model(z), y).sum(), z) for z in starts]
+            zero.append(torch.stack([gradient.flatten(1).abs().amax(1) == 0 for gradient in gradients]).any(0))
+    share = 100 * torch.cat(zero).double().mean().item()
     return [outcome("gradients", share <= 1, f"{share:.1f}% of images have a gradient of exactly zero", "at most 1%")]
 
 # %% ../nbs/58_sanity.ipynb #c016
@@ -121,24 +124,26 @@ def climb(
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]
     y: torch.Tensor,  # (B,)
     attack: PGD,
+    batch_size: int = 500,
 ) -> dict:  # steps, mean loss and share standing (per cent) after each, as lists; every image is followed to the end
     "How the loss climbs and the images fall, step by step."
     threat, generator = ThreatModel(attack.eps, attack.norm), seeded(x.device, attack.seed)
-    losses, standing, stands = [], [], torch.ones_like(y, dtype=torch.bool)
+    n, loss, standing = len(y), np.zeros(attack.steps + 1), np.zeros(attack.steps + 1)
     with untouched(model, generator):
-        z = threat.random_start(x, generator)
-        for step in range(attack.steps + 1):
-            with torch.enable_grad():
-                z = z.detach().requires_grad_()
-                logits = evenly(model, z)
-                loss = cross_entropy(logits, y)
-                gradient = gradient_of(loss.sum(), z) if step < attack.steps else None
-            stands &= logits.argmax(1) == y
-            losses.append(loss.mean().item())
-            standing.append(100 * stands.double().mean().item())
-            if step < attack.steps:
-                z = threat.project(z.detach() + attack.step_size * threat.uphill(gradient), x)
-    return dict(steps=list(range(attack.steps + 1)), loss=losses, standing=standing, n=len(y))
+        for x, y in zip(x.split(batch_size), y.split(batch_size)):
+            z, stands = threat.random_start(x, generator), torch.ones_like(y, dtype=torch.bool)
+            for step in range(attack.steps + 1):
+                with torch.enable_grad():
+                    z = z.detach().requires_grad_()
+                    logits = evenly(model, z)
+                    total = cross_entropy(logits, y).sum()
+                    gradient = gradient_of(total, z) if step < attack.steps else None
+                stands &= logits.argmax(1) == y
+                loss[step] += total.item() / n
+                standing[step] += 100 * stands.sum().item() / n
+                if step < attack.steps:
+                    z = threat.project(z.detach() + attack.step_size * threat.uphill(gradient), x)
+    return dict(steps=list(range(attack.steps + 1)), loss=loss.tolist(), standing=standing.tolist(), n=n)
 
 
 def check_steps(
@@ -184,12 +189,12 @@ def check_curve(
 
 # %% ../nbs/58_sanity.ipynb #c025
 def check_square(
-    stages: dict,  # per cent standing after each of AutoAttack's stages, in order; empty if it was not run
+    stages: dict,  # per cent standing after each of AutoAttack's stages, in order, "square" the last; empty if it was not run
     n: int,  # images
 ) -> list[dict]:  # outcomes
     "Whether the search without gradients gains on the attacks with them."
     allowed = max(0.2, 100 / n) + 1e-9
-    if not stages:
+    if "square" not in stages:
         return [outcome("square", None, "AutoAttack was not run", f"at most {allowed:.1f}")]
     before, after = list(stages.values())[-2:]
     return [outcome("square", before - after <= allowed, f"Square takes {before - after:.2f} points more", f"at most {allowed:.1f}")]
@@ -207,8 +212,9 @@ def sanity(
     n = len(loader.x)
     percent = lambda v: 100 * v.double().mean().item()
     clean, chance = verdicts["clean"], 100 * loader.y.bincount().max().item() / n
-    x, y = loader.take(torch.arange(min(n, loader.batch_size)))
-    right = (clean[: len(x)] if clean[: len(x)].any() else torch.ones_like(clean[: len(x)])).to(x.device)
+    x, y = loader.take(torch.arange(n))
+    size = max(loader.batch_size, 2)  # an image alone shows nothing of how batches matter
+    right = (clean if clean.any() else torch.ones_like(clean)).to(x.device)
     accuracy = {name: percent(v) for name, v in verdicts.items()}
     accuracy["noise"] = percent(standing_after(model, loader, replace(attack, steps=0), clean, quiet=True))
     if "fgsm" not in accuracy:
@@ -226,9 +232,9 @@ def sanity(
     all_ = everything(attack.norm, x[0].numel())
     budgets = sorted({min(attack.eps * factor, all_) for factor in (0.25, 0.5, 1, 1.5, 2)} | {all_})
     with full_precision():
-        outputs = check_outputs(model, x, y)
-        gradients = check_gradients(model, x[right], y[right], ThreatModel(attack.eps, attack.norm))
-        path = climb(model, x, y, replace(attack, steps=2 * attack.steps))
+        outputs = check_outputs(model, x, y, size)
+        gradients = check_gradients(model, x[right], y[right], ThreatModel(attack.eps, attack.norm), size)
+        path = climb(model, x, y, replace(attack, steps=2 * attack.steps), size)
         curve = robustness_curve(model, loader, attack, budgets)
     checks = outputs + gradients + check_attacks(accuracy, n) + check_steps(path) + check_curve(curve, chance) + [twin_falls]
     stages = stages or {}

@@ -426,7 +426,8 @@ def make_table(
     except Exception as error:  # of some of the runs: the others go into the table first
         failure = error
     cells = lambda runs: {(row, config["seed"]) for row, config in runs}
-    every_seed = ", ".join(map(str, sorted({0, 1, 2} | {config["seed"] for _, config in asked})))
+    seen = {config["seed"] for _, config in asked} | ({0, 1, 2} if number not in ROWS else set())  # rows of one method are compared seed by seed
+    every_seed = ", ".join(map(str, sorted(seen)))
     done, shown, named = {}, set(), cells(usual) | cells(asked)
     for row, config in table_runs(number, preset, dataset, ", ".join(_rows(number, usual, asked)), every_seed, device):
         cell = row, config["seed"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from .attacks import PGD, correct, standing_after
 from .data import Loader, one_of, read_json, replacing
 from .evaluation import accuracy
-from .runs import Ledger, load_checkpoint, provenance, sha256_of
+from .runs import Ledger, chosen_by, load_checkpoint, provenance, sha256_of
 from .sanity import failed
 from .tables import LABELS, interval, markdown
 
@@ -70,7 +70,7 @@ datasets: [{config["dataset"]}]
 ---
 # {name}
 
-`{config["arch"]}` trained with {config["method"]} on {config["dataset"]}{size}, seed {config["seed"]}, preset `{config["preset"]}`{changes}: {config["epochs"]} epochs, best of them (epoch {best["epoch"]}) by {record["selection"].split(" by ")[1]}. Images go in as floats in [0, 1]; normalisation is inside.
+`{config["arch"]}` trained with {config["method"]} on {config["dataset"]}{size}, seed {config["seed"]}, preset `{config["preset"]}`{changes}: {config["epochs"]} epochs, best of them (epoch {best["epoch"]}) by {chosen_by(config)}. Images go in as floats in [0, 1]; normalisation is inside.
 
 ```python
 from advdpnp.weights import load_weights

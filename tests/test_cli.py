@@ -102,6 +102,7 @@ def test_interrupted_it_goes_on(here):
     (["their_models:linear", "--dataset", "digits", "--norm", "l2"], "--norm l2 needs --eps"),
     (["their_models:linear", "--dataset", "digits", "--robustbench", "x.json", "--autoattack-images", "5"], "on the images of the clean accuracy"),
     (["their_models:linear", "--dataset", "digits", "--norm", "l1"], "unknown norm 'l1'"),
+    (["their_models:linear", "--dataset", "digits", "--output", "x.json", "--robustbench", "x.json"], "--output and --robustbench are both x.json"),
     (["their_models:linear", "--dataset", "digits", "--output", "their_models.py"], "is there already"),
     (["their_models:linear", "--dataset", "nothing/"], "is no folder of images"),
 ])

@@ -263,6 +263,23 @@ def test_images_of_any_size_black_and_white_ones_too(photos, name, shape):
             assert (found[:6] != x[:6]).any((1, 2, 3)).all()
 
 
+def test_lengths_grow_with_the_image():
+    point = np.zeros((1, 384, 384, 1))
+    point[0, 192, 192] = 1
+    spots = [(corruptions.defocus_blur(point, how, None) > 1e-9).sum() for how in SEVERITIES["defocus_blur"]]
+    assert all(before < after for before, after in zip(spots, spots[1:])) and spots[-1] > 1009  # a disk of 18 pixels, and its soft edge
+    ramp = np.tile(np.arange(224) / 223, (1, 224, 1))[..., None]
+    moved = corruptions.glass_blur(ramp, SEVERITIES["glass_blur"][2], np.random.RandomState(0)) - ramp
+    assert 2 / 223 < np.abs(moved[:, 50:-50, 50:-50]).mean() < 14 / 223  # by up to 7 pixels, where 32 move by one
+
+
+@pytest.mark.parametrize("images", [0, -480])
+def test_numbers_of_images_that_cannot_be(digits, tmp_path, images):
+    with pytest.raises(ValueError, match="expected at least 1, or None for all"):
+        corrupted_images(digits, tmp_path, images=images)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["brightness", "contrast", "gaussian_blur", "defocus_blur", "zoom_blur", "pixelate",
                                   "fog", "snow", "motion_blur", "glass_blur"])
 def test_a_grey_image_becomes_what_its_three_equal_channels_become(photos, name):

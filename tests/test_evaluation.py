@@ -40,7 +40,7 @@ def test_record_adds_up_and_the_model_is_untouched(net, digits):
     for m in metrics.values():
         assert m["accuracy"] == m["correct"] and m["low"] <= m["accuracy"] <= m["high"] and m["n"] == 100
     assert metrics["worst"]["accuracy"] <= min(metrics["fgsm"]["accuracy"], metrics["pgd3"]["accuracy"]) <= metrics["clean"]["accuracy"]
-    assert metrics["pgd3"]["attack"] == dict(name="pgd3", images=100, eps=0.1, step_size=0.025, steps=3, random_start=True, restarts=1, norm="linf", seed=0)
+    assert metrics["pgd3"]["attack"] == dict(name="pgd3", images=100, eps=0.1, step_size=0.025, steps=3, random_start=True, restarts=1, norm="linf", seed=0) | {"class": "PGD"}
     names = [check["name"] for check in record["checks"]]
     assert len(set(names)) == len(names) >= 12 and "evaluation mode" in failed(record["checks"])  # it was given in training mode
 
@@ -199,6 +199,39 @@ def test_a_state_file_of_another_evaluation_is_refused(net, digits, tmp_path):
         net.head.directions.add_(0.1)
     with pytest.raises(ValueError, match=r"another evaluation \(logits differ\)"):
         evaluate(net, digits, [PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True)
+
+
+def test_an_attack_of_other_settings_does_not_go_on_from_the_state(net, digits, tmp_path):
+    class Mine:
+        name, eps = "mine", 0.5
+
+        def __init__(self, strength):
+            self.strength = strength
+
+        def __call__(self, model, x, y, generator=None):
+            return (x + self.strength).clamp(0, 1)
+
+    evaluate(net, digits, [Mine(0.0)], images=200, resume=tmp_path / "state.json", quiet=True)
+    with pytest.raises(ValueError, match="is of another evaluation .attacks differ"):
+        evaluate(net, digits, [Mine(0.5)], images=200, resume=tmp_path / "state.json", quiet=True)
+
+
+def test_attacks_from_an_iterator_or_none(net, digits):
+    found = evaluate(net, digits, iter([FGSM(0.1)]), images=20, quiet=True)
+    assert list(found["metrics"]) == ["clean", "fgsm", "worst"] and "checks" in found
+    assert list(evaluate(net, digits, images=20, quiet=True)["metrics"]) == ["clean"]
+
+
+def test_an_ensemble_of_one_s_own_is_called_as_it_is(net, digits):
+    class Ensemble:
+        name, eps, attacks = "mine", 0.1, [FGSM(0.1)]
+
+        def __call__(self, model, x, y, generator=None):
+            return x
+
+    record = evaluate(net, digits, [Ensemble()], images=20, quiet=True)
+    assert record["metrics"]["mine"]["correct"] == record["metrics"]["clean"]["correct"]
+    assert {check["name"]: check["passed"] for check in record["checks"]}["square"] is None
 
 
 def test_robustbench_entry_has_the_leaderboard_s_keys(net, digits):

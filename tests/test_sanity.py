@@ -42,6 +42,13 @@ def test_a_false_defence_is_named(undefended, digits, change, named):
     assert named <= set(failed(record["checks"]))
 
 
+@pytest.mark.parametrize("batch_size", [1, 10, 200])
+def test_checks_see_every_image_whatever_the_batch(undefended, digits, batch_size):
+    attack = PGD(0.2, step_size=0.004)  # too small a step
+    record = evaluate(Around(undefended, lambda net, x: net(x) - net(x).mean(0)).eval(), digits, [attack], images=60, check_images=60, batch_size=batch_size, quiet=True)
+    assert {"batch-independent", "steps"} <= {*failed(record["checks"])} and record["path"]["n"] == 60
+
+
 def test_an_undefended_model_is_found_weak_and_honest(undefended, digits):
     record = evaluate(undefended, digits, [FGSM(0.2), PGD(0.2)], images=100, twin=undefended, quiet=True)
     assert failed(record["checks"]) == [] and record["metrics"]["worst"]["accuracy"] < 10
@@ -66,7 +73,7 @@ def test_an_undefended_model_is_found_weak_and_honest(undefended, digits):
 ])
 def test_where_the_line_is(outcomes, name, fails):
     passed, = [check["passed"] for check in outcomes if check["name"] == name]
-    assert passed is not fails
+    assert passed is (not fails)
 
 
 def test_attacks_find_what_was_planted(net, digits):
