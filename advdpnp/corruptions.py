@@ -93,7 +93,7 @@ def defocus_blur(x, radius_and_edge, rng):
     "Blur with a disk."
     radius, edge = radius_and_edge
     radius *= max(1, x.shape[1] / 32)  # below a pixel there is no disk
-    reach = max(8, math.ceil(radius))
+    reach = max(8, math.ceil(radius) + 1)
     off = np.arange(-reach, reach + 1)
     disk = (off[:, None] ** 2 + off**2 <= radius**2).astype(float)
     soft = np.exp(-(np.arange(-1, 2) ** 2) / (2 * edge**2))
