@@ -18,12 +18,12 @@ test: .venv/installed
 	MPLBACKEND=agg $(ONE_THREAD) .venv/bin/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^(table|figure|benchmark)'
 	.venv/bin/python -m pytest
 
-# Run the notebooks and keep their outputs, without what only scrolled by.
+# Run the notebooks and keep their outputs, without what only scrolled by and of cells tagged no-output.
 notebooks: .venv/installed
 	.venv/bin/nbdev_export
 	for nb in $(or $(NB),nbs/[0-8]*.ipynb nbs/90_cli.ipynb nbs/figure1.ipynb nbs/table*.ipynb nbs/index.ipynb); do \
 	  $(ONE_THREAD) .venv/bin/jupyter nbconvert --to notebook --inplace --execute $$nb || exit 1; \
-	  .venv/bin/python -c "import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); [c.update(outputs=[o for o in c.outputs if o.get('name') != 'stderr']) for c in nb.cells if c.cell_type == 'code']; nbformat.write(nb, sys.argv[1])" $$nb; \
+	  .venv/bin/python -c "import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); [c.update(outputs=[o for o in c.outputs if o.get('name') != 'stderr' and 'no-output' not in c.metadata.get('tags', [])]) for c in nb.cells if c.cell_type == 'code']; nbformat.write(nb, sys.argv[1])" $$nb; \
 	done
 	.venv/bin/nbdev_clean
 	$(MAKE) readme
