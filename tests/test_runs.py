@@ -14,6 +14,7 @@ from advdpnp.tables import adopt, make_table
 from advdpnp.training import Trainer
 
 FEW = dict(epochs=1, test_images=30, autoattack_images=2, check_images=10)
+RESULTS = Path(__file__).parent.parent / "data/results"
 TINY = FEW | dict(dataset="digits", arch="cifar_resnet8", side=None, train_images=None, val_size=100, padding=0, last_autoattack_images=2)
 
 
@@ -223,3 +224,11 @@ def test_a_chosen_setting_is_one_row_of_the_trade_off(tmp_path):
     adopt(results / "table7.quick.json", tmp_path, "cpu")
     table = make_table(7, "quick", methods="TRADES beta=1", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True)
     assert table.stem.name == "table7.quick" and len(table.records) == len(json.loads((results / "table7.quick.json").read_text()))
+
+
+def test_an_ablation_is_compared_seed_by_seed(tmp_path):
+    for name in ("table1.small.json", "table6.small.partial.json", "table6.small.json"):
+        if (RESULTS / name).exists():
+            adopt(RESULTS / name, tmp_path, "cpu")
+    seeds = lambda number, **asked: {r["seed"] for r in make_table(number, "small", methods="Adv-DPNP", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True, **asked).records}
+    assert seeds(1) == {0, 1, 2} and seeds(6) == {0} and seeds(6, seeds="0, 1") == {0, 1}
