@@ -169,6 +169,7 @@ def evaluate(
     with plain_errors():
         place = pick_device(device)
         net, config = get(model)
+        weights = {"sha256": sha256_of(Path(model) / "best.safetensors" if Path(model).is_dir() else Path(model))} if config else {}
         if dataset is None and not config:
             raise ValueError("which data? name a data set with --dataset")
         data = load_dataset(dataset or config["dataset"], data_dir)
@@ -199,7 +200,6 @@ def evaluate(
         limits = {"autoattack": autoattack_images} if autoattack_images else None
         other = get(twin)[0].to(place) if twin else None
         record = evaluate(net.to(place), data, chosen, images, limits, batch_size=batch_size, seed=seed, twin=other, resume=kept, quiet=quiet)
-        weights = {"sha256": sha256_of(beside.with_suffix(".safetensors"))} if config else {}
         record = dict(model=model, **{**weights, **record, **provenance(torch.device(record["device"]))})
         with replacing(output) as part:
             part.write_text(json.dumps(record, indent=1))

@@ -484,6 +484,7 @@ class Stream:
         "Yield the batches of one epoch."
         getattr(getattr(self.batches, "sampler", None), "set_epoch", lambda _: None)(epoch)
         self._seed(epoch, 0)
+        i = -1
         for i, (x, y) in enumerate(self.batches):
             if i == len(self):
                 raise ValueError(f"the stream goes on after {len(self)} batches, which is its length: expected an epoch")

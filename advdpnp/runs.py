@@ -367,7 +367,6 @@ class Runs:
 
     def trained(self, config):
         "Whether a run is trained to its last epoch."
-        self.check(config)
         return (self.folder(config) / "trained.json").exists()
 
     def sha256(self, config, which="best"):
@@ -409,10 +408,13 @@ class Runs:
     def twin(self, config):
         "The undefended twin of a run, if it is trained."
         plain = self.plain(config)
+        if config["method"] == "standard" or not self.trained(plain):
+            return None
         try:
-            return self.model(plain) if config["method"] != "standard" and self.trained(plain) else None
+            self.check(plain)
         except ValueError:
             return None  # it is of other settings than today's
+        return self.model(plain)
 
 
 def of_settings(
@@ -538,6 +540,7 @@ class Ledger(Runs):
     ) -> bool:  # whether it is trained
         "Train a run from where it stopped."
         if self.trained(config):
+            self.check(config)
             return True
         if time_limit is not None and as_the_first_says(time_limit <= 0):
             return False
@@ -566,6 +569,8 @@ class Ledger(Runs):
     ) -> dict | None:  # the record; None if time ran out
         "A record of a trained run: read if it is there, otherwise made."
         record, folder = self.result(config, kind), self.folder(config)
+        if record is None:
+            self.check(config)
         if record is None and not self.trained(config):
             raise ValueError(f"{folder} holds no trained run: Ledger.run trains it first")
         if record is None and (time_limit is None or time_limit > 0):

@@ -414,7 +414,7 @@ def make_table(
     number: int,  # one of `TABLES`
     preset: str = "auto",
     dataset: str = "",  # empty: the table's own; with the preset quick, the digits
-    methods: str = "",  # what to train and measure, see `table_runs`; whatever else is finished is shown as well
+    methods: str = "",  # what to train and measure, see `table_runs`; whatever else is finished is shown as well, in tables 6 and 7 of seeds that all rows have
     seeds: str = "auto",
     time_limit: float | None = None,  # seconds; None: until all is done
     device="auto",
@@ -431,8 +431,7 @@ def make_table(
     except Exception as error:  # of some of the runs: the others go into the table first
         failure = error
     cells = lambda runs: {(row, config["seed"]) for row, config in runs}
-    seen = {config["seed"] for _, config in asked} | ({0, 1, 2} if number not in ROWS else set())  # rows of one method are compared seed by seed
-    every_seed = ", ".join(map(str, sorted(seen)))
+    every_seed = ", ".join(map(str, sorted({0, 1, 2} | {config["seed"] for _, config in asked})))
     done, shown, named = {}, set(), cells(usual) | cells(asked)
     for row, config in table_runs(number, preset, dataset, ", ".join(_rows(number, usual, asked)), every_seed, device):
         cell = row, config["seed"]
@@ -447,6 +446,9 @@ def make_table(
         if record:
             done[cell] = record | dict(method=row)
             shown.add(ledger.folder(config))
+    if number in ROWS:  # rows of one method are compared seed by seed
+        rows, wanted = {row for row, _ in done}, {seed for _, seed in cells(asked)}
+        done = {(row, seed): record for (row, seed), record in done.items() if seed in wanted or all((other, seed) in done for other in rows)}
     records = [*done.values()]
     if len({record["data_sha256"] for record in records}) > 1:
         raise ValueError(f"the records of table {number} were not measured on the same files: adopt only those whose data_sha256 is that of your {first['dataset']}")
@@ -690,7 +692,7 @@ def draw_rows(
         accuracy, low, high = (np.array([m[key] for m in found]) for key in ("accuracy", "low", "high"))
         ax.axvspan(low[0], high[0], color="0.93")
         ax.axvline(accuracy[0], color="0.6", ls=":")
-        ax.errorbar(accuracy, np.arange(len(found)), xerr=[accuracy - low, high - accuracy], fmt="o", ms=4, lw=1)
+        ax.errorbar(accuracy, np.arange(len(found)), xerr=np.abs([accuracy - low, high - accuracy]), fmt="o", ms=4, lw=1)
         ax.set(xlabel=f"{LABELS[name]} (%)\non {found[0]['n']} test images")
     axes[0].set(yticks=range(len(records)), yticklabels=[r["method"] for r in records])
     axes[0].invert_yaxis()

@@ -332,7 +332,7 @@ class Trainer:
                     "parameters": sum(p.numel() for p in net.parameters())},
             "data_sha256": held.sha256, "val_images": len(held.x_test), "val_attack": _named(self.val_attack),
             "epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "awp": awp, "ema": ema, "schedule": schedule,
-            "precision": precision, "compile": compile, "seed": seed,
+            "precision": precision, "seed": seed,
         } | ({"batch_size": batch_size, "padding": padding, "flip": held.flip} if stream is None else {"stream": len(stream)}) | (config or {})
         self.folder = None if folder is None else Path(folder)
         if self.folder:

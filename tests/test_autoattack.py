@@ -2,10 +2,10 @@
 import copy
 import dataclasses
 
+import foolbox
 import pytest
 import torch
-
-foolbox, torchattacks, _ = (pytest.importorskip(name) for name in ("foolbox", "torchattacks", "pyautoattack"))
+import torchattacks
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.fab_projections import projection_l2, projection_linf
