@@ -24,6 +24,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -633,6 +634,8 @@ class Ledger(Runs):
         "Records of several runs. What is missing is trained, then measured, side by side, the longest first. If some fail, the first error is raised when the others are done."
         deadline = None if time_limit is None else time.time() + time_limit
         missing = [*{self.folder(config): config for config in configs if self.result(config, kind) is None}.values()]
+        if time_limit is not None and time_limit <= 0:
+            missing = []
         missing.sort(key=lambda config: split_name(config["method"])[0] in CLEAN_METHODS)
         for config in missing:
             self.corrupted(config) if kind == "corruptions" else self.dataset(config)  # downloaded or made once, and not by every worker
@@ -670,6 +673,10 @@ def share_work(
         work = [pool.submit(do_alone, *where, step, config, deadline) for config in configs]
         try:
             errors = [one.exception() for one in as_completed(work) if one.exception()]
+            for error in errors:
+                if isinstance(error, BrokenProcessPool):
+                    raise RuntimeError("a worker ended too early: it was killed, or it could not start since a script starts runs outside of "
+                                       "`if __name__ == \"__main__\":` (on a CPU, jobs=1 does without workers)") from error
         except BaseException:  # interrupted
             for process in list(pool._processes.values()):
                 process.terminate()  # each goes on next time from the state it saved last

@@ -232,3 +232,11 @@ def test_an_ablation_is_compared_seed_by_seed(tmp_path):
             adopt(RESULTS / name, tmp_path, "cpu")
     seeds = lambda number, **asked: {r["seed"] for r in make_table(number, "small", methods="Adv-DPNP", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True, **asked).records}
     assert seeds(1) == {0, 1, 2} and seeds(6) == {0} and seeds(6, seeds="0, 1") == {0, 1}
+
+
+def test_a_script_that_lacks_the_guard_is_told_so(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(f"from advdpnp.runs import Ledger, make_config\n"
+                      f"Ledger({str(tmp_path)!r}, 'cpu', quiet=True).run_all([make_config('standard', 'quick', seed, 'cpu') for seed in (0, 1)], jobs=2)\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode and 'a script starts runs outside of `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
