@@ -572,8 +572,8 @@ class Ledger(Runs):
         record, folder = self.result(config, kind), self.folder(config)
         if record is None:
             self.check(config)
-        if record is None and not self.trained(config):
-            raise ValueError(f"{folder} holds no trained run: Ledger.run trains it first")
+            if not self.trained(config):
+                raise ValueError(f"{folder} holds no trained run: Ledger.run trains it first")
         if record is None and (time_limit is None or time_limit > 0):
             _forget_peak(self.device)
             config = self.settled(config)

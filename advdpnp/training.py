@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .attacks import PGD, ThreatModel, close_bar, correct, progress_bar, standing_after
 from .data import Dataset, Loader, Stream, hold_out, one_of, own_randomness, pick_device, read_json, replacing
-from .data import seed_globally, seed_of, seeded
+from .data import seed_globally, seed_of
 from .losses import AdvDPNPLoss, Supervised
 from .parallel import as_the_first_says, generator_of_my_rows, mean_over_processes, my_rows, share, share_batch_norms, wait_for_all
 

@@ -45,7 +45,7 @@ def test_a_run_keeps_the_precision_it_began_with_on_any_machine(tmp_path, machin
 
 
 def test_of_records_that_are_not_all_good_none_is_taken_in(tmp_path):
-    records = json.loads((Path(__file__).parent.parent / "data/results/table1.quick.json").read_text())[:3]
+    records = json.loads((RESULTS / "table1.quick.json").read_text())[:3]
     ledger = Ledger(tmp_path, "cpu", quiet=True)
     records[2]["config"]["lr"] = 7.0
     with pytest.raises(ValueError, match="lr is 7.0"):
@@ -220,10 +220,9 @@ def test_a_complete_table_takes_the_place_of_its_part(tmp_path, monkeypatch):
 
 
 def test_a_chosen_setting_is_one_row_of_the_trade_off(tmp_path):
-    results = Path(advdpnp.__file__).parent.parent / "data/results"
-    adopt(results / "table7.quick.json", tmp_path, "cpu")
+    adopt(RESULTS / "table7.quick.json", tmp_path, "cpu")
     table = make_table(7, "quick", methods="TRADES beta=1", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True)
-    assert table.stem.name == "table7.quick" and len(table.records) == len(json.loads((results / "table7.quick.json").read_text()))
+    assert table.stem.name == "table7.quick" and len(table.records) == len(json.loads((RESULTS / "table7.quick.json").read_text()))
 
 
 def test_an_ablation_is_compared_seed_by_seed(tmp_path):
