@@ -66,7 +66,8 @@ class ThreatModel:
         "The direction of length one in which a function with this gradient (B, C, H, W) grows fastest."
         if self.norm == "linf":
             return gradient.sign()
-        gradient = gradient / per_image(gradient.flatten(1).abs().amax(1).clamp(min=1e-38))  # its square must not underflow
+        # its square must not underflow
+        gradient = gradient / per_image(gradient.flatten(1).abs().amax(1).clamp(min=1e-38))
         return gradient / per_image(self.length(gradient).clamp(min=1e-30))
 
     def random_start(self, x, generator):
@@ -86,7 +87,8 @@ def untouched(
     generator: torch.Generator,  # seeds what randomness the model itself may have
 ):
     "Inside, `model` is in evaluation mode and its parameters are frozen; outside, nothing has changed."
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # a frozen TorchScript module has none
+    # a frozen TorchScript module has none
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if generator.device.type == "cuda":  # a number read back would make the GPU wait
         seed = seed_of(generator.initial_seed() % 2**63, generator.get_offset())
@@ -105,7 +107,8 @@ def untouched(
                 parameter.requires_grad_(flag)
 
 # %% ../nbs/40_attacks.ipynb #c011a3
-# The older names of two of the settings below: torch.compile and models read them, and PyTorch stops them if the two disagree.
+# The older names of two of the settings below: torch.compile and models read them, and PyTorch stops them if the two
+# disagree.
 _OLDER = (
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
     (lambda: torch.backends.cudnn.allow_tf32, lambda on: setattr(torch.backends.cudnn, "allow_tf32", on), False),
@@ -115,7 +118,13 @@ _OLDER = (
 @contextmanager
 def full_precision():
     "Inside, matrix products and convolutions are true float32 on every device."
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    places = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.cudnn.rnn,
+        torch.backends.mkldnn.matmul,
+        torch.backends.mkldnn.conv,
+    )
     before, older = [place.fp32_precision for place in places], []
     for read, _, _ in _OLDER:
         try:
@@ -145,11 +154,14 @@ def met_in_a_pass(
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]
 ) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     "Where a batch-norm takes what a convolution gives, found by watching one pass."
-    folds = lambda m: getattr(type(m), "folds", False) or type(m).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    folds = lambda m: (
+        getattr(type(m), "folds", False) or type(m).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    )
     convolutions = [m for m in model.modules() if type(m) is nn.Conv2d and m._parameters.get("weight") is not None]
     if any(m.weight.dtype not in (torch.float32, torch.float64) for m in convolutions):
         return []  # in half precision, folded and not are not the same network
-    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and folds(m) and m.affine and m.track_running_stats and "forward" not in vars(m)]
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and folds(m)
+             and m.affine and m.track_running_stats and "forward" not in vars(m)]
     if not norms or any(isinstance(m, nn.DataParallel) for m in model.modules()):
         return []
     given, pairs, met = [], [], []
@@ -159,10 +171,12 @@ def met_in_a_pass(
 
     def meet(norm, inputs):
         met.append(norm)
-        pairs.extend((conv, norm) for conv, output, version in given if output is inputs[0] and output._version == version)  # not changed in place
+        pairs.extend((conv, norm) for conv, output, version in given
+                     if output is inputs[0] and output._version == version)  # not changed in place
 
     doors = [m.register_forward_hook(watch) for m in convolutions] + [m.register_forward_pre_hook(meet) for m in norms]
-    with torch.no_grad(), full_precision(), torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+    gpus = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), full_precision(), torch.random.fork_rng(devices=gpus):
         try:
             model(x)
         finally:
@@ -178,7 +192,8 @@ def batch_norms_after_convolutions(
 ) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:  # empty if folding them would change what the model says
     "Where a batch-norm takes what a convolution gives, and nothing else does."
     pairs = met_in_a_pass(model, x)
-    with torch.no_grad(), full_precision(), torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+    gpus = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), full_precision(), torch.random.fork_rng(devices=gpus):
         with random_statistics([norm for _, norm in pairs]):  # those of an untrained network would hide a wrong pair
             before = model(x)
             with fold(pairs):
@@ -197,7 +212,8 @@ def random_statistics(
         for norm in norms:
             draw = lambda low, high: torch.empty_like(norm.running_var).uniform_(low, high)
             norm._buffers.update(running_mean=draw(-0.5, 0.5), running_var=draw(0.5, 2))
-            norm._parameters.update(weight=nn.Parameter(draw(0.5, 1.5), False), bias=nn.Parameter(draw(-0.5, 0.5), False))
+            norm._parameters.update(weight=nn.Parameter(draw(0.5, 1.5), False),
+                                    bias=nn.Parameter(draw(-0.5, 0.5), False))
         yield
     finally:
         for norm, parameters, buffers in kept:
@@ -213,7 +229,8 @@ def fold(
     kept = [(conv, dict(conv._parameters)) for conv, _ in pairs]
     try:
         for conv, norm in pairs:
-            fused = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            fused = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps,
+                                         norm.weight, norm.bias)
             conv._parameters.update(zip(("weight", "bias"), (p.requires_grad_(False) for p in fused)))
             norm.forward = lambda x: x
         yield
@@ -229,12 +246,19 @@ def folded(
     model: nn.Module,  # in evaluation mode, see `untouched`
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]: some images
 ):
-    "Inside, `model` computes the same with batch-norms folded into convolutions; outside, nothing has changed. A RuntimeError in inference mode, where no attack gets a gradient."
+    """Inside, `model` computes the same with batch-norms folded into convolutions; outside, nothing has changed.
+
+    A RuntimeError in inference mode, where no attack gets a gradient.
+    """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("attacks need gradients, and torch.inference_mode forbids them: expected torch.no_grad, or neither")
+        raise RuntimeError(
+            "attacks need gradients, and torch.inference_mode forbids them: expected torch.no_grad, or neither"
+        )
     met, pairs = _FOLDS.get(model, ([], []))
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())  # it would be compiled again
-    if len(x) == 0 or compiled or any("forward" in vars(norm) for _, norm in pairs):  # the last: they are folded already
+    # it would be compiled again
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+    # the last: they are folded already
+    if len(x) == 0 or compiled or any("forward" in vars(norm) for _, norm in pairs):
         pairs = []
     else:
         now = met_in_a_pass(model, x[:1])
@@ -256,7 +280,9 @@ def check_images(
         raise ValueError(f"labels are {y.dtype} of shape {tuple(y.shape)}, expected int64 of shape ({len(x)},)")
     low, high = (x.min().item(), x.max().item()) if x.numel() else (0.0, 0.0)
     if not (0 <= low and high <= 1):  # also false for NaN
-        raise ValueError(f"images range from {low:.4g} to {high:.4g}, expected [0, 1]: normalise inside the model, not before it")
+        raise ValueError(
+            f"images range from {low:.4g} to {high:.4g}, expected [0, 1]: normalise inside the model, not before it"
+        )
 
 
 def check_labels(
@@ -265,7 +291,9 @@ def check_labels(
 ):
     "Raise a ValueError if a label is not among 0 to K - 1."
     if len(y) and not (0 <= y.min() and y.max() < num_classes):
-        raise ValueError(f"labels range from {y.min()} to {y.max()}, expected 0 to {num_classes - 1}, the model's classes")
+        raise ValueError(
+            f"labels range from {y.min()} to {y.max()}, expected 0 to {num_classes - 1}, the model's classes"
+        )
 
 # %% ../nbs/40_attacks.ipynb #c016
 def gradient_of(
@@ -330,7 +358,10 @@ def logits_of(
     "The logits of images; a ValueError if a model returns something else."
     said = model(x)
     if not (torch.is_tensor(said) and said.ndim == 2 and len(said) == len(x)):
-        raise ValueError(f"the model returns {f'a tensor {tuple(said.shape)}' if torch.is_tensor(said) else type(said).__name__}, expected logits ({len(x)}, K)")
+        raise ValueError(
+            f"the model returns {f'a tensor {tuple(said.shape)}' if torch.is_tensor(said) else type(said).__name__}, "
+            f"expected logits ({len(x)}, K)"
+        )
     return said
 
 
@@ -477,7 +508,7 @@ def prototype_distances(
     net: nn.Module,  # a `PrototypeNet`
     x: torch.Tensor,  # (B, C, H, W)
     y: torch.Tensor,  # (B,)
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # logits (B, K); distances (B,) to the own prototype and to the nearest other
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # logits (B, K); distances (B,) to own and nearest other
     "The logits of images, and how far their features are from prototypes."
     features = evenly(net.features, x)
     distances = (features[:, None] - net.head.prototypes).square().sum(2).clamp(min=1e-12).sqrt()
@@ -497,7 +528,7 @@ def _out_of_alignment(net, x_adv, y):
 
 @dataclass(frozen=True)
 class PrototypePGD(PGD):
-    "Projected gradient ascent on the distances to prototypes: to the own one minus to the nearest other, then to the own one alone."
+    "Projected gradient ascent on distances to prototypes: the own one's less the nearest other's, then the own one's."
 
     name = "prototype"
     objectives = (_closer_to_another, _out_of_alignment)
@@ -549,7 +580,8 @@ def progress_bar(
 ):
     "A progress bar on standard error."
     live = sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=description, disable=quiet, file=sys.stderr, dynamic_ncols=live, ascii=not live,
+    return tqdm(total=total, initial=initial, desc=description, disable=quiet, file=sys.stderr,
+                dynamic_ncols=live, ascii=not live,
                 mininterval=0.2 if live else 30, delay=0 if live else 1e-9, leave=True, bar_format=bar_format)
 
 
@@ -589,7 +621,8 @@ def standing_after(
     search, passes = getattr(attack, "search", attack), getattr(attack, "passes", 1)
     batches = [index for index in standing.nonzero()[:, 0].split(loader.batch_size) if len(index)]
     done, verdicts = begin[0], (standing if begin[1] is None else begin[1]).clone()
-    bar = progress_bar(int(standing.sum()) * passes, f"{title} {attack.name:<8}".lstrip(), loader.batch_size * done * passes, quiet or not batches, ATTACK_BAR)
+    bar = progress_bar(int(standing.sum()) * passes, f"{title} {attack.name:<8}".lstrip(),
+                       loader.batch_size * done * passes, quiet or not batches, ATTACK_BAR)
 
     def count(_, inputs):
         bar.update(min(len(inputs[0]), bar.total - bar.n))
@@ -604,7 +637,8 @@ def standing_after(
                 check_inside(x_adv, x, attack)
                 moved = (x_adv != x).flatten(1).any(1)  # the others stood, and stand
                 if moved.any():
-                    with torch.no_grad(), untouched(model, seeded(x.device, seed, i, 1)):  # a model's own randomness is drawn anew
+                    # a model's own randomness is drawn anew
+                    with torch.no_grad(), untouched(model, seeded(x.device, seed, i, 1)):
                         verdicts[index[moved.cpu()]] = (evenly(model, x_adv[moved]).argmax(1) == y[moved]).cpu()
             bar.n = min(loader.batch_size * (i + 1) * passes, bar.total)  # what broke early saved the rest
             bar.set_postfix_str(f" {int(verdicts.sum())} of {len(verdicts)} stand", refresh=False)

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from .attacks import Attack, ThreatModel, cross_entropy, evenly, folded, gradient_of, margin, per_image, untouched
+from .attacks import Attack, ThreatModel, cross_entropy, evenly, folded, gradient_of, margin, per_image
+from .attacks import untouched
 
 # %% ../nbs/45_autoattack.ipynb #c007
 class Rows(SimpleNamespace):
@@ -109,12 +110,14 @@ def apgd(
         r = look(r)
         r.rises = r.rises + (r.loss > r.before)
         better = r.loss > r.best_loss
-        r.best, r.best_gradient = (torch.where(per_image(better), new, old) for new, old in ((r.z, r.best), (r.gradient, r.best_gradient)))
+        r.best = torch.where(per_image(better), r.z, r.best)
+        r.best_gradient = torch.where(per_image(better), r.gradient, r.best_gradient)
         r.best_loss = torch.where(better, r.loss, r.best_loss)
         if step in ends:
             stuck = (r.rises <= 0.75 * ends[step]) | (~r.halved & (r.best_loss <= r.loss_then))
             r.step = torch.where(stuck, r.step / 2, r.step)
-            r.z, r.gradient = (torch.where(per_image(stuck), best, now) for best, now in ((r.best, r.z), (r.best_gradient, r.gradient)))
+            r.z = torch.where(per_image(stuck), r.best, r.z)
+            r.gradient = torch.where(per_image(stuck), r.best_gradient, r.gradient)
             r.halved, r.loss_then, r.rises = stuck, r.best_loss, torch.zeros_like(r.rises)
     found[r.index] = r.best
     return found, r.index
@@ -196,12 +199,14 @@ class APGDT(APGD):
             targets = likely_targets(model, x, self.targets)
             while done < len(targets) and stands.any():
                 left = stands.nonzero()[:, 0]
-                side_by_side = min(max(room // len(left), 1), len(targets) - done)  # the last images fill the batch, too
+                # the last images fill the batch, too
+                side_by_side = min(max(room // len(left), 1), len(targets) - done)
                 rows, target = left.repeat(side_by_side), targets[done : done + side_by_side, left].flatten()
                 images, standing = self.towards(model, x[rows], y[rows], target, generator)
                 broken = torch.ones_like(rows, dtype=torch.bool)
                 broken[standing] = False
-                for images, broken in zip(images.split(len(left)), broken.split(len(left))):  # a target at a time: an image may have fallen to several
+                # a target at a time: an image may have fallen to several
+                for images, broken in zip(images.split(len(left)), broken.split(len(left))):
                     found[left[broken]], stands[left[broken]] = images[broken], False
                 done += side_by_side
         return found
@@ -221,7 +226,8 @@ def onto_hyperplane(
     speed = torch.ones_like(w) if norm == "linf" else w.abs().clamp(min=1e-12)
     stop, order = (room / speed).sort(1)
     rate, full = (w.abs() * speed).gather(1, order), (w.abs() * room).gather(1, order)
-    stopped, moving = full.cumsum(1), rate.flip(1).cumsum(1).flip(1)  # gained by those that have stopped; rate of this and later ones
+    # gained by those that have stopped; rate of this and later ones
+    stopped, moving = full.cumsum(1), rate.flip(1).cumsum(1).flip(1)
     gained = stopped + stop * (moving - rate)
     k = torch.searchsorted(gained, need[:, None]).clamp(max=w.shape[1] - 1)
     time = (need[:, None] - (stopped - full).gather(1, k)) / moving.gather(1, k).clamp(min=1e-30)
@@ -248,10 +254,12 @@ def fab(
             logits = evenly(model, z)
             g = rise_of(logits, r.target, r.y)
             w = gradient_of(g.sum(), z).flatten(1)
-        inside = (logits.argmax(1) != r.y) & (threat.length(r.z - r.x) <= threat.eps)  # the step back may be near enough where the step was not
+        # the step back may be near enough where the step was not
+        inside = (logits.argmax(1) != r.y) & (threat.length(r.z - r.x) <= threat.eps)
         found[r.index[inside]] = r.z[inside]
         now, clean, g = r.z.flatten(1), r.x.flatten(1), g.detach()
-        d = onto_hyperplane(torch.cat([now, clean]), torch.cat([w, w]), torch.cat([-g, -g - (w * (clean - now)).sum(1)]), threat.norm)
+        d = onto_hyperplane(torch.cat([now, clean]), torch.cat([w, w]),
+                            torch.cat([-g, -g - (w * (clean - now)).sum(1)]), threat.norm)
         length = threat.length(d).clamp(min=1e-8)
         d_now, d_clean = d.view(2, *r.z.shape)
         l_now, l_clean = length.view(2, -1)
@@ -359,7 +367,8 @@ def move_budget(
     both[to[1:]], both[taken[1:]] = 1, 1
     budget = (spare / delta.shape[1] + (delta * both).square().sum((2, 3), keepdim=True)).sqrt()
     length = lambda v: v.square().sum((2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-    new = torch.tensor(signs, device=delta.device).view(-1, 1, 1) * bump(side, flat).to(delta) + delta[to] / length(delta[to])
+    new = torch.tensor(signs, device=delta.device).view(-1, 1, 1) * bump(side, flat).to(delta)
+    new += delta[to] / length(delta[to])
     delta[taken] = 0
     delta[to] = new / length(new) * budget
     return (r.x + eps * delta / per_image(delta.flatten(1).norm(dim=1).clamp(min=1e-12))).clamp(0, 1)
@@ -379,7 +388,8 @@ def first_squares(
     delta = torch.zeros_like(x)
     for row in range(0, h - tile + 1, tile):
         for column in range(0, w - tile + 1, tile):
-            delta[..., row : row + tile, column : column + tile] = coin(b, c, 1, 1) * bump(tile, (row + column) // tile % 2 == 0).to(x)
+            pattern = bump(tile, (row + column) // tile % 2 == 0).to(x)
+            delta[..., row : row + tile, column : column + tile] = coin(b, c, 1, 1) * pattern
     return (x + threat.eps * delta / per_image(delta.flatten(1).norm(dim=1))).clamp(0, 1)
 
 
@@ -428,7 +438,10 @@ class Square(Search):
 # %% ../nbs/45_autoattack.ipynb #c033
 @dataclass(frozen=True)
 class AutoAttack(Search):
-    "The standard cascade: APGD-CE, APGD-T, FAB-T, Square (Croce & Hein, ICML 2020). Called, it takes its images as one batch; `evaluate` goes through a data set."
+    """The standard cascade: APGD-CE, APGD-T, FAB-T, Square (Croce & Hein, ICML 2020).
+
+    Called, it takes its images as one batch; `evaluate` goes through a data set.
+    """
 
     steps: int = 100  # of APGD and FAB
     targets: int = 9  # of APGD-T and FAB-T
@@ -441,7 +454,12 @@ class AutoAttack(Search):
         "The four attacks, in order."
         gradient = dict(eps=self.eps, norm=self.norm, steps=self.steps, seed=self.seed)
         targeted = gradient | dict(targets=self.targets)
-        return APGD(**gradient), APGDT(**targeted), FABT(**targeted), Square(self.eps, self.norm, self.queries, self.seed)
+        return (
+            APGD(**gradient),
+            APGDT(**targeted),
+            FABT(**targeted),
+            Square(self.eps, self.norm, self.queries, self.seed),
+        )
 
     def search(self, model, x, y, generator):
         "An adversarial image wherever one is found; input is not checked, and must be classified correctly."

@@ -32,7 +32,8 @@ class CifarResNet(ResNet):
         **kwargs,  # of timm's ResNet: num_classes, drop_rate, ...
     ):
         if channels[0] % 2:
-            raise ValueError(f"channels begin with {channels[0]}: expected an even number")  # of timm's deep stem, half of them
+            # of timm's deep stem, half of them
+            raise ValueError(f"channels begin with {channels[0]}: expected an even number")
         super().__init__(BasicBlock, layers, channels=channels, in_chans=in_chans, stem_type="deep",
                          stem_width=channels[0] // 2, zero_init_last=False, **kwargs)
         self.conv1 = small_stem(in_chans, channels[0])
@@ -42,7 +43,7 @@ class CifarResNet(ResNet):
 
 # %% ../nbs/10_backbones.ipynb #c009
 class CifarPreActResNet(ResNetV2):
-    "timm's pre-activation ResNet with basic blocks and a stem for images of 8 to 64 pixels: one 3x3 convolution, no pooling."
+    "timm's pre-activation ResNet with basic blocks and the same stem: one 3x3 convolution, no pooling."
 
     def __init__(
         self,
@@ -60,8 +61,10 @@ class CifarPreActResNet(ResNetV2):
 # %% ../nbs/10_backbones.ipynb #c012
 default_cfgs = generate_default_cfgs({
     name: dict(num_classes=10, input_size=(3, 32, 32), classifier=classifier, first_conv=first_conv)
-    for classifier, first_conv, names in (("fc", "conv1", ("cifar_resnet18", "cifar_resnet8", "cifar_resnet8_w24")),
-                                          ("head.fc", "stem.conv", ("cifar_preactresnet18", "cifar_wrn28_10", "cifar_wrn34_10")))
+    for classifier, first_conv, names in (
+        ("fc", "conv1", ("cifar_resnet18", "cifar_resnet8", "cifar_resnet8_w24")),
+        ("head.fc", "stem.conv", ("cifar_preactresnet18", "cifar_wrn28_10", "cifar_wrn34_10")),
+    )
     for name in names
 })
 
@@ -74,7 +77,8 @@ def cifar_resnet18(pretrained=False, **kwargs) -> CifarResNet:
 
 def _resnet8(name, width, pretrained, **kwargs):
     "Three stages of one block, `width`, 2 `width` and 4 `width` channels."
-    return build_model_with_cfg(CifarResNet, name, pretrained, layers=(1, 1, 1), channels=(width, 2 * width, 4 * width), **kwargs)
+    return build_model_with_cfg(CifarResNet, name, pretrained, layers=(1, 1, 1),
+                                channels=(width, 2 * width, 4 * width), **kwargs)
 
 
 @register_model
@@ -97,7 +101,8 @@ def cifar_preactresnet18(pretrained=False, **kwargs) -> CifarPreActResNet:
 
 def _wide_resnet(name, blocks, pretrained, **kwargs):
     "A WideResNet of width 10."
-    return build_model_with_cfg(CifarPreActResNet, name, pretrained, layers=(blocks,) * 3, channels=(160, 320, 640), stem_chs=16, **kwargs)
+    return build_model_with_cfg(CifarPreActResNet, name, pretrained, layers=(blocks,) * 3, channels=(160, 320, 640),
+                                stem_chs=16, **kwargs)
 
 
 @register_model

@@ -83,7 +83,7 @@ class TRADES(Adversarial):
 # %% ../nbs/55_baselines.ipynb #c016
 @dataclass(frozen=True)
 class MART(Adversarial):
-    "Boosted cross-entropy on adversarial images, and divergence weighted by what is misclassified (Wang et al., ICLR 2020)."
+    "Boosted cross-entropy, and divergence weighted by what is misclassified (Wang et al., ICLR 2020)."
 
     beta: float = 5.0  # weight of the divergence
 
@@ -92,8 +92,10 @@ class MART(Adversarial):
         logits, adv_logits = net(x), net(x_adv)
         wrong = adv_logits.softmax(1).scatter(1, y[:, None], 0).amax(1)
         unsure = 1 - logits.softmax(1).gather(1, y[:, None])[:, 0]
-        divergence = F.kl_div(adv_logits.log_softmax(1), logits.log_softmax(1), reduction="none", log_target=True).sum(1)
-        terms = dict(adv_ce=self.cross_entropy(adv_logits, y), wrong=-(1.0001 - wrong).log().mean(), divergence=(divergence * unsure).mean())
+        divergence = F.kl_div(adv_logits.log_softmax(1), logits.log_softmax(1), reduction="none",
+                              log_target=True).sum(1)
+        terms = dict(adv_ce=self.cross_entropy(adv_logits, y), wrong=-(1.0001 - wrong).log().mean(),
+                     divergence=(divergence * unsure).mean())
         return terms["adv_ce"] + terms["wrong"] + self.beta * terms["divergence"], terms
 
 # %% ../nbs/55_baselines.ipynb #c019
@@ -122,7 +124,8 @@ class DualBranchLinear(Adversarial):
     def loss(self, net, x, x_adv, y):
         "The loss of a batch, and its terms."
         logits, adv_logits = net(x), net(x_adv)
-        terms = dict(ce=self.cross_entropy(logits, y), adv_ce=self.cross_entropy(adv_logits, y), consistency=consistency(logits, adv_logits))
+        terms = dict(ce=self.cross_entropy(logits, y), adv_ce=self.cross_entropy(adv_logits, y),
+                     consistency=consistency(logits, adv_logits))
         return self.clean_weight * terms["ce"] + terms["adv_ce"] + self.consistency * terms["consistency"], terms
 
 # %% ../nbs/55_baselines.ipynb #c026

@@ -37,7 +37,8 @@ GROUPS = {
     "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
     "extra": ("speckle_noise", "gaussian_blur", "spatter", "saturate"),
 }
-STANDARD = tuple(name for group, names in GROUPS.items() if group != "extra" for name in names)  # the benchmark's fifteen
+# the benchmark's fifteen
+STANDARD = tuple(name for group, names in GROUPS.items() if group != "extra" for name in names)
 SEVERITIES = {  # name to the parameters at severity 1 to 5 (Hendrycks & Dietterich, ICLR 2019, the variant for CIFAR)
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation
     "shot_noise": (500, 250, 100, 75, 50),  # photons at full intensity
@@ -47,18 +48,21 @@ SEVERITIES = {  # name to the parameters at severity 1 to 5 (Hendrycks & Dietter
     "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),  # radius, sigma
     "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),  # largest zoom
     "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-             (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),  # mean, sd, zoom, threshold, blur's radius and sigma, blend
+             # mean, sd, zoom, threshold, blur's radius and sigma, blend
+             (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
     "frost": ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),  # weights of image and frost
     "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # strength, decay of the clouds' roughness
     "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),  # added to the value of HSV
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # factor
-    "elastic_transform": ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),  # shift, its smoothness, skew, as shares of the side
+    # shift, its smoothness, skew, as shares of the side
+    "elastic_transform": ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
     "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),  # side that is left
     "jpeg_compression": (80, 65, 58, 50, 40),  # quality
     "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),  # standard deviation, of what the pixel itself is multiplied by
     "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1),  # sigma
     "spatter": ((0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
-                (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1)),  # mean, sd, sigma, threshold, strength, mud
+                # mean, sd, sigma, threshold, strength, mud
+                (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1)),
     "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),  # factor of and addition to the saturation of HSV
 }
 
@@ -197,7 +201,9 @@ def frosted_windows(
         ridges = np.zeros((side, side))
         for scale in (12, 6, 3, 1.5):
             for turn in rng.uniform(0, 180, 3):
-                noise = ndimage.rotate(ndimage.gaussian_filter(rng.normal(size=(2 * side, 2 * side)), (scale / 4, scale), mode="wrap"), turn, reshape=False, mode="wrap")
+                noise = rng.normal(size=(2 * side, 2 * side))
+                noise = ndimage.gaussian_filter(noise, (scale / 4, scale), mode="wrap")
+                noise = ndimage.rotate(noise, turn, reshape=False, mode="wrap")
                 noise = noise[side // 2 : -side // 2, side // 2 : -side // 2]
                 ridges += scale**0.5 * np.exp(-np.abs(noise) / noise.std())  # bright where the noise changes sign
         windows.append(level + rough * (ridges - ridges.mean()) / ridges.std())
@@ -208,7 +214,9 @@ def frost(x, weights, rng):
     "A frosted window in front."
     n, h, w, c = x.shape
     windows = frosted_windows(max(128, 4 * h, 4 * w))
-    which, top, left = rng.randint(len(windows), size=n), rng.randint(windows.shape[1] - h, size=n), rng.randint(windows.shape[2] - w, size=n)
+    which = rng.randint(len(windows), size=n)
+    top = rng.randint(windows.shape[1] - h, size=n)
+    left = rng.randint(windows.shape[2] - w, size=n)
     pieces = np.stack([windows[k, i : i + h, j : j + w] for k, i, j in zip(which, top, left)])
     return weights[0] * x + weights[1] * tinted(pieces, (0.88, 1.02, 1.1), c)
 
@@ -268,24 +276,28 @@ def elastic_transform(x, how, rng):
         moved = corners + rng.uniform(-skew, skew, (3, 2))
         back = np.linalg.solve(np.c_[moved, np.ones(3)], corners)  # from where a pixel is to where it was
         source = np.stack([rows, columns, np.ones_like(rows)], -1) @ back
-        shifts = [far * ndimage.gaussian_filter(rng.uniform(-1, 1, (h, w)), smooth, mode="reflect", truncate=3) for _ in range(2)]
+        shifts = [far * ndimage.gaussian_filter(rng.uniform(-1, 1, (h, w)), smooth, mode="reflect", truncate=3)
+                  for _ in range(2)]
         for channel in range(x.shape[3]):
             skewed = ndimage.map_coordinates(x[i, :, :, channel], source.transpose(2, 0, 1), order=1, mode="mirror")
-            out[i, :, :, channel] = ndimage.map_coordinates(skewed, [rows + shifts[0], columns + shifts[1]], order=1, mode="reflect")
+            out[i, :, :, channel] = ndimage.map_coordinates(skewed, [rows + shifts[0], columns + shifts[1]],
+                                                            order=1, mode="reflect")
     return out
 
 
 def _pictures(x, change):
     "What `change` makes of each image as a picture of PIL."
     images = (x * 255).round().astype(np.uint8)
-    changed = [np.asarray(change(PIL.Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image))) for image in images]
+    changed = [np.asarray(change(PIL.Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)))
+               for image in images]
     return np.stack(changed).reshape(x.shape) / 255
 
 
 def pixelate(x, share, rng):
     "Fewer pixels, and back."
     h, w = x.shape[1:3]
-    return _pictures(x, lambda p: p.resize((int(w * share), int(h * share)), PIL.Image.Resampling.BOX).resize((w, h), PIL.Image.Resampling.BOX))
+    few, box = (int(w * share), int(h * share)), PIL.Image.Resampling.BOX
+    return _pictures(x, lambda p: p.resize(few, box).resize((w, h), box))
 
 
 def jpeg_compression(x, quality, rng):
@@ -307,7 +319,8 @@ def spatter(x, how, rng):
     liquid = ndimage.gaussian_filter(rng.normal(size=(n, h, w), loc=mean, scale=sd), (0, sigma, sigma), mode="nearest")
     liquid[liquid < threshold] = 0
     if mud:
-        mask = ndimage.gaussian_filter((liquid > threshold).astype(float), (0, strength * h / 32, strength * h / 32), mode="nearest")
+        mask = ndimage.gaussian_filter((liquid > threshold).astype(float),
+                                       (0, strength * h / 32, strength * h / 32), mode="nearest")
         mask = np.where(mask < 0.8, 0, mask)[..., None]
         return x * (1 - mask) + tinted(mask, (63 / 255, 42 / 255, 20 / 255), c)
     light = np.empty_like(liquid)
@@ -319,7 +332,8 @@ def spatter(x, how, rng):
         far = np.floor(ndimage.uniform_filter(far, 3, mode="mirror") + 1e-9)
         ranks = np.searchsorted(np.sort(far, axis=None), far, side="right")  # an equalised histogram, from 0
         ranks = (ranks - ranks.min()) / max(far.size - ranks.min(), 1)
-        light[i] = ndimage.uniform_filter(ndimage.correlate(255 * ranks, emboss, mode="mirror").clip(0, 255), 3, mode="mirror") * drops
+        light[i] = ndimage.uniform_filter(ndimage.correlate(255 * ranks, emboss, mode="mirror").clip(0, 255), 3,
+                                          mode="mirror") * drops
     light /= light.max((1, 2), keepdims=True).clip(min=1e-12)
     return x + strength * tinted(light[..., None], (175 / 255, 238 / 255, 238 / 255), c)
 
@@ -331,7 +345,8 @@ def saturate(x, how, rng):
         raise ValueError(f"saturate needs colour images, these have {x.shape[3]} channel")
     value = x.max(3, keepdims=True)
     saturation = 1 - x.min(3, keepdims=True) / np.maximum(value, 1e-12)
-    hue = np.where(saturation > 0, (value - x) / np.maximum(value * saturation, 1e-12), [0.0, 1.0, 1.0])  # a grey has the hue of red
+    # a grey has the hue of red
+    hue = np.where(saturation > 0, (value - x) / np.maximum(value * saturation, 1e-12), [0.0, 1.0, 1.0])
     return value * (1 - hue * (factor * saturation + more).clip(0, 1))
 
 # %% ../nbs/65_corruptions.ipynb #c023
@@ -354,7 +369,8 @@ def corrupt(
     for begin in range(0, len(images), BLOCK):
         rng = np.random.RandomState(seed_of(seed, place, severity, block + begin // BLOCK) % 2**32)
         x = images[begin : begin + BLOCK] / 255
-        found[begin : begin + BLOCK] = (globals()[name](x, SEVERITIES[name][severity - 1], rng).clip(0, 1) * 255 + 1e-6).astype(np.uint8)
+        corrupted = globals()[name](x, SEVERITIES[name][severity - 1], rng)
+        found[begin : begin + BLOCK] = (corrupted.clip(0, 1) * 255 + 1e-6).astype(np.uint8)
     return found
 
 # %% ../nbs/65_corruptions.ipynb #c030
@@ -394,7 +410,8 @@ class CorruptedImages:
         rows = len(self.dataset.x_test) if self.about["source"] == "published" else self.count
         begin = (severity - 1) * rows
         x = np.array(np.load(self.files[name], mmap_mode="r")[begin : begin + self.count][:images])
-        data = replace(self.dataset, x_train=x[:0], y_train=self.dataset.y_train[:0], x_test=x, y_test=self.dataset.y_test[: len(x)])
+        data = replace(self.dataset, x_train=x[:0], y_train=self.dataset.y_train[:0], x_test=x,
+                       y_test=self.dataset.y_test[: len(x)])
         return averaged(data, side) if side else data
 
 
@@ -413,7 +430,9 @@ def published_files(
         if md5 != PUBLISHED[name]:
             raise ValueError(f"{file} is damaged (md5 {md5}, expected {PUBLISHED[name]}): {advice}")
     if not np.array_equal(np.load(Path(folder) / "labels.npy"), np.tile(labels, 5)):
-        raise ValueError(f"{folder} has other labels than the test images: expected CIFAR-10's, in their official order")
+        raise ValueError(
+            f"{folder} has other labels than the test images: expected CIFAR-10's, in their official order"
+        )
     return files
 
 # %% ../nbs/65_corruptions.ipynb #c033
@@ -426,7 +445,7 @@ def corrupted_images(
     names=STANDARD,
     images: int | None = None,  # only the first so many test images; None: all
     seed: int = 0,  # of images made here
-    jobs: int | str = 1,  # processes; "auto": all cores, for few images one. A script needs `if __name__ == "__main__":` for several
+    jobs: int | str = 1,  # processes; "auto": all cores, for few images one; several need an `if __name__` in a script
     quiet: bool = False,  # no progress bar
 ) -> CorruptedImages:
     "The published files of CIFAR-10-C if they are there, otherwise images made by the same recipe."
@@ -436,10 +455,12 @@ def corrupted_images(
     count = len(dataset.x_test[:images])
     if dataset.name == "cifar10" and (data_dir / "CIFAR-10-C").is_dir():
         files = published_files(data_dir / "CIFAR-10-C", dataset.y_test, names)
-        return CorruptedImages(dataset, files, count, dict(source="published", md5={name: PUBLISHED[name] for name in names}))
+        return CorruptedImages(dataset, files, count,
+                               dict(source="published", md5={name: PUBLISHED[name] for name in names}))
     x, folder = dataset.x_test[:count], data_dir / f"{dataset.name}-C-{count}"
     # images of up to 32 pixels are those of the first recipe
-    about = dict(source="generated", recipe=RECIPE if max(x.shape[1:3]) > 32 else 1, recipe_seed=seed, images=count, of_sha256=hashlib.sha256(x.tobytes()).hexdigest())
+    about = dict(source="generated", recipe=RECIPE if max(x.shape[1:3]) > 32 else 1, recipe_seed=seed, images=count,
+                 of_sha256=hashlib.sha256(x.tobytes()).hexdigest())
     claim_folder(folder, about)
     files = {name: folder / f"{name}.npy" for name in names}
     missing = [name for name in names if not files[name].exists()]

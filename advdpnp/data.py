@@ -44,8 +44,9 @@ def one_of(
     if not options:
         raise ValueError(f"unknown {what} {value!r}: there are none")
     lower, few = {str(option).lower(): str(option) for option in options}, len(options) <= 40
-    near = [lower[match] for match in difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0.5 if few else 0)]
-    guess, there_are = f": did you mean {near[0]!r}?" if near else ".", f" There are: {', '.join(map(str, options))}" if few else ""
+    near = difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0.5 if few else 0)
+    guess = f": did you mean {lower[near[0]]!r}?" if near else "."
+    there_are = f" There are: {', '.join(map(str, options))}" if few else ""
     raise ValueError(f"unknown {what} {value!r}{guess}{there_are}")
 
 # %% ../nbs/00_data.ipynb #c009
@@ -59,10 +60,13 @@ def check_split(
     if x.dtype != np.uint8 or x.ndim != 4:
         raise ValueError(f"{name}: x_{split} is {x.dtype} {x.shape}, expected uint8 (N, H, W, C)")
     if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
-        raise ValueError(f"{name}: x_{split} is {x.shape}, which looks like (N, C, H, W), expected (N, H, W, C): transpose(0, 2, 3, 1) makes it so")
+        raise ValueError(f"{name}: x_{split} is {x.shape}, which looks like (N, C, H, W), expected (N, H, W, C): "
+                         f"transpose(0, 2, 3, 1) makes it so")
     none = split == "test" and len(y) == 0
     if y.dtype != np.int64 or y.shape != x.shape[:1] or none:
-        raise ValueError(f"{name}: y_{split} is {y.dtype} {y.shape}, expected int64 ({len(x)},)" + " and at least one label" * none)
+        raise ValueError(
+            f"{name}: y_{split} is {y.dtype} {y.shape}, expected int64 ({len(x)},)" + " and at least one label" * none
+        )
 
 # %% ../nbs/00_data.ipynb #c011
 def channel_statistics(pixels):
@@ -70,7 +74,8 @@ def channel_statistics(pixels):
     counts = np.stack([np.bincount(pixels[:, c], minlength=256) for c in range(pixels.shape[1])])
     values = np.arange(256) / 255
     mean = counts @ values / len(pixels)
-    variance = np.maximum(counts @ values**2 / len(pixels) - mean**2, 1 / 255**2)  # a constant channel is not divided by zero
+    # a constant channel is not divided by zero
+    variance = np.maximum(counts @ values**2 / len(pixels) - mean**2, 1 / 255**2)
     return mean, np.sqrt(variance)
 
 # %% ../nbs/00_data.ipynb #c015
@@ -89,33 +94,42 @@ class Dataset:
     class_names: tuple = ()  # one name a class; empty: the numbers 0, 1, ... up to the largest label
     mean: tuple = ()  # per channel, of images in [0, 1]; empty: measured on x_train, or without one on x_test
     std: tuple = ()  # likewise
-    flip: bool | None = None  # whether a mirrored image is still an image of its class; None: unless `name`, or what stands before its first hyphen, is in `DIGITS`
+    flip: bool | None = None  # a mirrored image keeps its class; None: unless `name`, up to a hyphen, is in `DIGITS`
 
     def __post_init__(self):
         for split in ("test", "train"):  # in this order: there may be none to train on, made from those to test on
             check_split(self.name, split, getattr(self, f"x_{split}"), getattr(self, f"y_{split}"))
         if self.x_test.shape[1:] != self.x_train.shape[1:]:
-            raise ValueError(f"{self.name}: test images are {self.x_test.shape[1:]}, training images {self.x_train.shape[1:]}")
+            raise ValueError(
+                f"{self.name}: test images are {self.x_test.shape[1:]}, training images {self.x_train.shape[1:]}"
+            )
         labels = np.concatenate([self.y_train, self.y_test])
         names = tuple(map(str, self.class_names)) or tuple(str(k) for k in range(labels.max() + 1))
         if labels.min() < 0 or labels.max() >= len(names):
-            raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}, expected 0 to {len(names) - 1}")
+            raise ValueError(
+                f"{self.name}: labels from {labels.min()} to {labels.max()}, expected 0 to {len(names) - 1}"
+            )
         if labels.min() > 0 and len(self.class_names) == 0:
-            raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}: they count from 0, or class_names name all classes")
+            raise ValueError(f"{self.name}: labels from {labels.min()} to {labels.max()}: they count from 0, or "
+                             f"class_names name all classes")
         images = self.x_train if len(self.x_train) else self.x_test
         pixels = images.reshape(-1, images.shape[-1])
         mean, std = (np.asarray(value, float).reshape(-1) for value in (self.mean, self.std))
         if len(mean) == len(std) == 0:
             mean, std = channel_statistics(pixels)
-        if not (len(mean) == len(std) == pixels.shape[1] and ((0 <= mean) & (mean <= 1) & (0 < std) & (std < np.inf)).all()):
-            raise ValueError(f"{self.name}: mean is {mean.tolist()} and std {std.tolist()}, expected {pixels.shape[1]} of each, of images in [0, 1]")
+        if not (len(mean) == len(std) == pixels.shape[1]
+                and ((0 <= mean) & (mean <= 1) & (0 < std) & (std < np.inf)).all()):
+            raise ValueError(f"{self.name}: mean is {mean.tolist()} and std {std.tolist()}, expected {pixels.shape[1]} "
+                             f"of each, of images in [0, 1]")
         flip = self.name.split("-")[0] not in DIGITS if self.flip is None else bool(self.flip)
-        for key, value in dict(class_names=names, mean=tuple(map(float, mean)), std=tuple(map(float, std)), flip=flip).items():
+        for key, value in dict(class_names=names, mean=tuple(map(float, mean)), std=tuple(map(float, std)),
+                               flip=flip).items():
             object.__setattr__(self, key, value)
 
     def __repr__(self):
         shape = "x".join(map(str, self.x_train.shape[1:]))
-        return f"Dataset({self.name!r}: {len(self.x_train)} training and {len(self.x_test)} test images, {shape}, {self.num_classes} classes)"
+        return (f"Dataset({self.name!r}: {len(self.x_train)} training and {len(self.x_test)} test images, {shape}, "
+                f"{self.num_classes} classes)")
 
     @property
     def num_classes(self):
@@ -173,7 +187,8 @@ def wrong_files(
 ) -> list[str]:  # a phrase a file; empty if all are as published
     "What is missing or damaged of a published data set, by the md5 that torchvision knows."
     if name == "svhn":
-        md5 = {file: md5 for _, file, md5 in (torchvision.datasets.SVHN.split_list[split] for split in ("train", "test"))}
+        md5 = {file: md5 for _, file, md5 in (torchvision.datasets.SVHN.split_list[split]
+                                              for split in ("train", "test"))}
     else:
         reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
         files = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
@@ -190,7 +205,7 @@ def wrong_files(
 # %% ../nbs/00_data.ipynb #c026
 @contextmanager
 def replacing(path):
-    "A temporary path that becomes `path` when the block succeeds: others see the old file or the new one, never a part."
+    "A temporary path that becomes `path` when the block succeeds: others see the old file or the new, never a part."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
@@ -221,8 +236,11 @@ def read_archive(path):
         raise
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError) as error:
         if "Object arrays" in str(error):
-            raise ValueError(f"{path} holds Python objects, which are not read: expected arrays of numbers, and of strings for class_names") from error
-        raise ValueError(f"{path} is damaged or not an .npz archive ({error}): delete it and load the data set again") from error
+            raise ValueError(f"{path} holds Python objects, which are not read: expected arrays of numbers, and of "
+                             f"strings for class_names") from error
+        raise ValueError(
+            f"{path} is damaged or not an .npz archive ({error}): delete it and load the data set again"
+        ) from error
     required, optional = ["x_train", "y_train", "x_test", "y_test"], ["class_names", "mean", "std", "flip"]
     if {"x_test", "y_test"} <= {*arrays} and not {"x_train", "y_train"} & {*arrays}:  # only to test on
         arrays |= dict(x_train=arrays["x_test"][:0], y_train=arrays["y_test"][:0])
@@ -235,12 +253,17 @@ def read_archive(path):
 def read_folder(
     path,  # of a folder with one sub-folder a class
 ) -> Dataset:  # without training images; grey if all images are
-    "Images to test on, classes in alphabetical order as in torchvision's `ImageFolder` (10 before 2); a ValueError if they are not all of one size, or have more than 8 bits a channel."
+    """Images to test on, classes in alphabetical order as in torchvision's `ImageFolder` (10 before 2).
+
+    A ValueError if they are not all of one size, or have more than 8 bits a channel.
+    """
     path = Path(path)
     try:
         source = ImageFolder(path, allow_empty=True)
     except (FileNotFoundError, OSError) as error:
-        raise ValueError(f"{path} is no folder of images: expected one sub-folder a class, with images in it ({error})") from error
+        raise ValueError(
+            f"{path} is no folder of images: expected one sub-folder a class, with images in it ({error})"
+        ) from error
     files, pictures = [file for file, _ in source.samples], []
     if not files:
         raise ValueError(f"{path} is no folder of images: there are none in its sub-folders")
@@ -253,7 +276,8 @@ def read_folder(
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"{file} has more than 8 bits a channel (mode {picture.mode}): expected 8")
         if picture.size != pictures[0].size:
-            raise ValueError(f"{file} is {picture.width}x{picture.height}, {files[0]} is {pictures[0].width}x{pictures[0].height}: all must be of one size")
+            raise ValueError(f"{file} is {picture.width}x{picture.height}, {files[0]} is "
+                             f"{pictures[0].width}x{pictures[0].height}: all must be of one size")
     grey = {picture.mode for picture in pictures} == {"L"}
     images = [np.asarray(picture.convert("L" if grey else "RGB")) for picture in pictures]
     x, y = np.stack(images).reshape(len(images), *images[0].shape[:2], -1), np.array(source.targets, np.int64)
@@ -266,7 +290,7 @@ def is_path(name):
 
 
 def load_dataset(
-    name: str | Path,  # "digits", "cifar10", "cifar100", "svhn", or an archive's name in `data_dir`; a `Path`, or with a slash, of an .npz or a folder of images
+    name: str | Path,  # "digits", one of `OFFICIAL`, an archive in `data_dir`; a path to an .npz or a folder of images
     data_dir="data",  # folder of the archives
 ) -> Dataset:
     "Load a data set from its archive, made from the published files at the first call."
@@ -278,11 +302,13 @@ def load_dataset(
     if not path.exists():
         if name not in OFFICIAL and Path(name).is_dir():
             raise ValueError(f"{name} is a folder: with a slash, {name}/, its images are read")
-        one_of(name, ["digits", *OFFICIAL, *sorted({p.stem for p in path.parent.glob("[!.]*.npz")} - {*OFFICIAL})], "data set")
+        archives = sorted({p.stem for p in path.parent.glob("[!.]*.npz")} - {*OFFICIAL})
+        one_of(name, ["digits", *OFFICIAL, *archives], "data set")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             arrays = official_arrays(name, path.parent)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: torchvision found a file with another md5
+        # RuntimeError: torchvision found a file with another md5
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             where = f"put {path.name} or the published files into {path.parent.resolve()}"
             there = "; ".join(wrong_files(name, path.parent)) or "they are complete"
             raise OSError(f"{name} could not be downloaded ({error}): {where}, where now {there}") from error
@@ -293,21 +319,25 @@ def load_dataset(
 # %% ../nbs/00_data.ipynb #c034
 def hold_out(
     dataset: Dataset,
-    size: int | None = None,  # images to hold out; None: a tenth of the training images, at most 1,000, but one of each class
+    size: int | None = None,  # images to hold out; None: a tenth, at most 1,000, but one of each class
     seed: int = 0,  # of the split alone: every method and every training seed shares it
 ) -> Dataset:  # the remaining training images, and the held-out ones as its test images
-    "Split a stratified validation set off the training images, or raise a ValueError if there are too few; the test images are left out."
+    "Split a stratified validation set off the training images, or raise a ValueError if there are too few."
     total = len(dataset.x_train)
     if total == 0:
         raise ValueError(f"{dataset.name} has no training images")
     size = max(min(total // 10, 1000), dataset.num_classes) if size is None else size
     if total < 2 * dataset.num_classes:
-        raise ValueError(f"{dataset.name} has {total} training images: expected at least two of each of {dataset.num_classes} classes")
+        raise ValueError(f"{dataset.name} has {total} training images: expected at least two of each of "
+                         f"{dataset.num_classes} classes")
     if not dataset.num_classes <= size <= total - dataset.num_classes:
-        raise ValueError(f"cannot hold {size} of {total} images out: expected {dataset.num_classes} to {total - dataset.num_classes}")
+        raise ValueError(
+            f"cannot hold {size} of {total} images out: expected {dataset.num_classes} to {total - dataset.num_classes}"
+        )
     counts = np.bincount(dataset.y_train, minlength=dataset.num_classes)
     if 1 in counts:
-        raise ValueError(f"class {counts.tolist().index(1)} of {dataset.name} has 1 training image: expected at least 2, one to hold out")
+        raise ValueError(f"class {counts.tolist().index(1)} of {dataset.name} has 1 training image: expected at least "
+                         f"2, one to hold out")
     train, val = train_test_split(np.arange(total), test_size=size, stratify=dataset.y_train, random_state=seed)
     train, val = np.sort(train), np.sort(val)
     return replace(dataset, x_train=dataset.x_train[train], y_train=dataset.y_train[train],
@@ -321,7 +351,8 @@ def averaged(
     "The same images at side x side pixels, each pixel the rounded mean of a square of old ones."
     h, w, _ = dataset.x_test.shape[1:]
     if side < 1 or h != w or h % side:
-        raise ValueError(f"cannot average images of {dataset.name}, {h}x{w}, to {side}x{side}: expected square images and one of the sides "
+        raise ValueError(f"cannot average images of {dataset.name}, {h}x{w}, to {side}x{side}: expected square images "
+                         f"and one of the sides "
                          f"{', '.join(str(n) for n in range(1, h + 1) if h % n == 0)}")
     if side == h:
         return dataset
@@ -332,7 +363,8 @@ def averaged(
         for i, j in squares:
             total += x[:, i::step, j::step]
         return ((total + step**2 // 2) // step**2).astype(np.uint8)
-    return replace(dataset, name=f"{dataset.name}-{side}px", x_train=mean(dataset.x_train), x_test=mean(dataset.x_test), mean=(), std=())
+    return replace(dataset, name=f"{dataset.name}-{side}px", x_train=mean(dataset.x_train), x_test=mean(dataset.x_test),
+                   mean=(), std=())
 
 # %% ../nbs/00_data.ipynb #c040
 def at_most(
@@ -344,8 +376,11 @@ def at_most(
     "A smaller data set: a stratified subset of the training images, and the first test images."
     for value, least, what in ((train, dataset.num_classes, "training"), (test, 1, "test")):
         if value is not None and value < least:
-            raise ValueError(f"cannot keep {value} {what} images of {dataset.name}: expected {least} or more, or None for all")
-    shuffled = np.random.RandomState(seed).permutation(len(dataset.y_train))  # the one NumPy generator whose numbers never change
+            raise ValueError(
+                f"cannot keep {value} {what} images of {dataset.name}: expected {least} or more, or None for all"
+            )
+    # the one NumPy generator whose numbers never change
+    shuffled = np.random.RandomState(seed).permutation(len(dataset.y_train))
     place = np.empty(len(shuffled))  # of each image among its class, from 0 to 1
     for label in range(dataset.num_classes):
         mine = dataset.y_train[shuffled] == label
@@ -463,9 +498,9 @@ class Stream:
 
     def __init__(
         self,
-        batches,  # has a length; each iteration gives an epoch of images (B, C, H, W), uint8 or floats in [0, 1], and labels (B,)
+        batches,  # has a length; iterating gives an epoch: images (B, C, H, W), uint8 or in [0, 1], and labels (B,)
         device="cpu",
-        seed: int | None = None,  # of what `batches` draws from PyTorch's own generator, batch by batch; None: that is left alone
+        seed: int | None = None,  # of what `batches` draws from PyTorch's own generator; None: that is left alone
     ):
         self.batches, self.device, self.seed = batches, device, seed
 
@@ -487,13 +522,22 @@ class Stream:
         i = -1
         for i, (x, y) in enumerate(self.batches):
             if i == len(self):
-                raise ValueError(f"the stream goes on after {len(self)} batches, which is its length: expected an epoch")
-            if i == start and (x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point() and 0 <= x.min() <= x.max() <= 1)):
-                raise ValueError(f"a batch of the stream is {x.dtype} {tuple(x.shape)} from {x.min():.4g} to {x.max():.4g}, "
-                                 "expected (B, C, H, W), uint8 or floats in [0, 1]: normalise inside the model")
+                raise ValueError(
+                    f"the stream goes on after {len(self)} batches, which is its length: expected an epoch"
+                )
+            if i == start and (
+                x.ndim != 4 or not (x.dtype == torch.uint8 or x.is_floating_point() and 0 <= x.min() <= x.max() <= 1)
+            ):
+                raise ValueError(
+                    f"a batch of the stream is {x.dtype} {tuple(x.shape)} from {x.min():.4g} to {x.max():.4g}, "
+                    "expected (B, C, H, W), uint8 or floats in [0, 1]: normalise inside the model"
+                )
             if i >= start:
                 x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                yield x.float() if x.is_floating_point() else x.float().div_(255), y.to(self.device, torch.int64, non_blocking=True)
+                yield (
+                    x.float() if x.is_floating_point() else x.float().div_(255),
+                    y.to(self.device, torch.int64, non_blocking=True),
+                )
             self._seed(epoch, i + 1)
         if i + 1 < len(self):
             raise ValueError(f"the stream ended after {i + 1} batches, its length is {len(self)}")
@@ -510,7 +554,7 @@ DEVICES = ("cpu", "cuda")  # what this package has been written for
 def pick_device(
     device: str | torch.device = "auto",  # "auto", "cpu", "cuda", "cuda:1", ...
 ) -> torch.device:
-    "The device to run on; a RuntimeError if it is not there, a ValueError if it is neither a CPU nor one of CUDA's GPUs."
+    "The device to run on; a RuntimeError if it is not there, a ValueError if it is neither a CPU nor a CUDA GPU."
     available = torch.cuda.is_available()
     try:
         device = torch.device(("cuda" if available else "cpu") if device == "auto" else device)
@@ -519,14 +563,18 @@ def pick_device(
     if device.type not in DEVICES:
         raise ValueError(f"device is {str(device)!r}: expected auto, cpu, cuda, or cuda:1 and so on")
     if device.type == "cuda" and not available:
-        raise RuntimeError(f"device is {str(device)!r} but this PyTorch ({torch.__version__}) sees no GPU: expected 'cpu' or 'auto'")
+        raise RuntimeError(
+            f"device is {str(device)!r} but this PyTorch ({torch.__version__}) sees no GPU: expected 'cpu' or 'auto'"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RuntimeError(f"device is {str(device)!r} but there are {torch.cuda.device_count()} GPUs here, from cuda:0")
+        raise RuntimeError(
+            f"device is {str(device)!r} but there are {torch.cuda.device_count()} GPUs here, from cuda:0"
+        )
     return device
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    "Whether a device multiplies matrices faster in bfloat16 than in float32: GPUs since Ampere, and CPUs with AMX or AVX512-BF16."
+    "Whether bfloat16 multiplies faster than float32: on GPUs since Ampere, and on CPUs with AMX or AVX512-BF16."
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -101,7 +101,8 @@ class Resume:
             saved = read_json(self.path)
             differs = sorted(name for name in {*key, *saved["key"]} if saved["key"].get(name) != key.get(name))
             if differs:
-                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): delete it, or name another file")
+                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): delete it, "
+                                      f"or name another file")
             self.stages, self._before = saved["stages"], saved["seconds"]
 
     @property
@@ -130,8 +131,12 @@ class Resume:
 # %% ../nbs/60_evaluation.ipynb #c017b
 def described(attack) -> dict:
     "An attack's class and settings, as far as they are plain values."
-    plain = lambda settings: {key: value for key, value in settings.items() if isinstance(value, (str, int, float, bool, type(None)))}
-    return {"class": type(attack).__qualname__} | (dataclasses.asdict(attack) if dataclasses.is_dataclass(attack) else plain(getattr(attack, "__dict__", {})))
+    if dataclasses.is_dataclass(attack):
+        settings = dataclasses.asdict(attack)
+    else:
+        plain = (str, int, float, bool, type(None))
+        settings = {key: value for key, value in getattr(attack, "__dict__", {}).items() if isinstance(value, plain)}
+    return {"class": type(attack).__qualname__} | settings
 
 # %% ../nbs/60_evaluation.ipynb #c019
 def evaluate(
@@ -145,18 +150,22 @@ def evaluate(
     seed: int = 0,  # of random starts
     twin: nn.Module | None = None,  # the same architecture, undefended, for two of the checks
     resume=None,  # a file from which an interrupted evaluation goes on
-    deadline: float | None = None,  # a `time.time()` after which a TimeoutError is raised, with everything found kept in `resume`
+    deadline: float | None = None,  # a `time.time()`; after it a TimeoutError, with everything found kept in `resume`
     quiet: bool = False,  # no progress bars
     title: str = "",  # before the attacks' names on the bars
 ) -> dict:  # dataset, data_sha256, n, device, seconds; metrics by name; logits; checks with curve and path
-    "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it. A ValueError if model, data and attacks do not go together."
+    """Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it.
+
+    A ValueError if model, data and attacks do not go together.
+    """
     began, attacks = time.monotonic(), [*attacks]
     names = [attack.name for attack in attacks]
     if len(set(names)) < len(names):
         raise ValueError(f"attacks named {', '.join(names)}: expected different names")
     if reserved := {"clean", "worst"} & {*names}:
         raise ValueError(f"an attack is named {reserved.pop()}: expected another name, this one is a metric's")
-    for what, number in dict(images=images, batch_size=batch_size, check_images=check_images, **{f"the limit of {name}": limit for name, limit in (limits or {}).items()}).items():
+    for what, number in dict(images=images, batch_size=batch_size, check_images=check_images,
+                             **{f"the limit of {name}": limit for name, limit in (limits or {}).items()}).items():
         if number is not None and number < 1:
             raise ValueError(f"{what} is {number}: expected at least 1")
     x, y = dataset.x_test[:images], dataset.y_test[:images]
@@ -170,8 +179,10 @@ def evaluate(
     if twin is not None and all_logits(twin, Loader(x[:1], y[:1], 1, device=device)).shape[1] != logits.shape[1]:
         raise ValueError("the twin has another number of classes than the model")
     limits = {name: min((limits or {}).get(name, len(y)), len(y)) for name in names}
-    settings = [dict(name=a.name, images=limits[a.name], eps=a.eps, norm=getattr(a, "norm", "linf")) | described(a) | dict(seed=seed) for a in attacks]
-    said = hashlib.sha256(logits.numpy().tobytes()).hexdigest()  # what the model is: code and weights, and the machine's rounding
+    about = lambda a: dict(name=a.name, images=limits[a.name], eps=a.eps, norm=getattr(a, "norm", "linf"))
+    settings = [about(a) | described(a) | dict(seed=seed) for a in attacks]
+    # what the model is: code and weights, and the machine's rounding
+    said = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
     key = dict(logits=said, data=dataset.sha256, images=len(y), batch_size=batch_size, seed=seed, attacks=settings)
     kept = Resume(resume, json.loads(json.dumps(key)), deadline, began)
     if logits.shape[1] != dataset.num_classes:
@@ -188,7 +199,8 @@ def evaluate(
         cascade = isinstance(attack, AutoAttack)
         for stage in attack.attacks if cascade else [attack]:
             name = f"{attack.name}/{stage.name}" if cascade else attack.name
-            standing = standing_after(model, part, stage, standing, seed, quiet, title, kept.begin(name), kept.keeper(name))
+            standing = standing_after(model, part, stage, standing, seed, quiet, title, kept.begin(name),
+                                      kept.keeper(name))
             if cascade:
                 stages[stage.name] = standing
         verdicts[attack.name] = standing
@@ -196,9 +208,11 @@ def evaluate(
         if cascade:
             metrics[attack.name]["stages"] = {name: accuracy(v)["accuracy"] for name, v in stages.items()}
     if attacks:
-        worst = torch.stack([v[: min(limits.values())] for v in verdicts.values()]).all(0)  # only where every attack was run
+        # only where every attack was run
+        worst = torch.stack([v[: min(limits.values())] for v in verdicts.values()]).all(0)
         metrics["worst"] = accuracy(worst)
-    record = dict(dataset=dataset.name, data_sha256=dataset.sha256, n=len(y), device=str(device), batch_size=batch_size, seed=seed,
+    record = dict(dataset=dataset.name, data_sha256=dataset.sha256, n=len(y), device=str(device),
+                  batch_size=batch_size, seed=seed,
                   metrics=metrics, logits=logit_range(logits, labels))
     if deadline is not None and time.time() > deadline:
         raise TimeoutError("time is up before the sanity checks")
@@ -222,10 +236,11 @@ def report(
         lines.append(f"| {name} | {m['accuracy']:.2f} | {m['low']:.1f} to {m['high']:.1f} | {m['n']} |")
         lines += [f"| … after {stage} | {left:.2f} | | |" for stage, left in m.get("stages", {}).items()]
     if "checks" in record:
-        bad, left_out = failed(record["checks"]), [check["name"] for check in record["checks"] if check["passed"] is None]
-        lines += ["", f"{len(bad)} of {len(record['checks']) - len(left_out)} sanity checks failed" + (f": {', '.join(bad)}." if bad else ".")
-                  + (f" Not run: {', '.join(left_out)}." if left_out else ""), "",
-                  "| check | | found | expected |", "|---|---|---|---|"]
+        bad = failed(record["checks"])
+        left_out = [check["name"] for check in record["checks"] if check["passed"] is None]
+        summary = f"{len(bad)} of {len(record['checks']) - len(left_out)} sanity checks failed"
+        summary += (f": {', '.join(bad)}." if bad else ".") + (f" Not run: {', '.join(left_out)}." if left_out else "")
+        lines += ["", summary, "", "| check | | found | expected |", "|---|---|---|---|"]
         for check in record["checks"]:
             verdict = {True: "ok", False: "**failed**", None: "not run"}[check["passed"]]
             lines.append(f"| {check['name']} | {verdict} | {check['found']} | {check['expected']} |")
@@ -248,10 +263,13 @@ def robustbench_info(
         raise ValueError(f"the record has {', '.join(record['metrics'])}: RobustBench needs autoattack")
     clean, robust = record["metrics"]["clean"]["accuracy"], record["metrics"]["autoattack"]
     if robust["n"] != record["n"]:
-        raise ValueError(f"AutoAttack was run on {robust['n']} of {record['n']} images: RobustBench compares numbers over the same ones")
+        raise ValueError(f"AutoAttack was run on {robust['n']} of {record['n']} images: RobustBench compares numbers "
+                         f"over the same ones")
     eps, norm = robust["attack"]["eps"], robust["attack"]["norm"]
     in_255 = eps * 255
     text = f"{round(in_255)}/255" if norm == "linf" and abs(in_255 - round(in_255)) < 1e-6 else f"{eps:g}"
-    return dict(link=link, name=name, authors=authors, additional_data=additional_data, number_forward_passes=number_forward_passes,
+    return dict(link=link, name=name, authors=authors, additional_data=additional_data,
+                number_forward_passes=number_forward_passes,
                 dataset=record["dataset"], venue=venue, architecture=architecture, eps=text, clean_acc=f"{clean:.2f}",
-                reported=f"{robust['accuracy'] if reported is None else reported:.2f}", autoattack_acc=f"{robust['accuracy']:.2f}")
+                reported=f"{robust['accuracy'] if reported is None else reported:.2f}",
+                autoattack_acc=f"{robust['accuracy']:.2f}")

@@ -56,32 +56,39 @@ def discriminability(
     f, y = features.double().cpu().numpy(), labels.cpu().numpy()
     classes, counts = np.unique(y, return_counts=True)
     if len(classes) < 2 or counts.min() < 2:
-        raise ValueError(f"features of {len(classes)} classes, of the rarest {counts.min()}: expected two classes and two features of each")
+        raise ValueError(f"features of {len(classes)} classes, of the rarest {counts.min()}: expected two classes and "
+                         f"two features of each")
     place = np.searchsorted(classes, y)
     by_class = lambda values: np.bincount(place, weights=values) / counts
     means = np.stack([f[place == k].mean(0) for k in range(len(classes))])
     distances = cdist(f, means)
     own = distances[np.arange(len(y)), place]
     others = np.where(np.arange(len(classes)) == place[:, None], np.inf, distances)
-    cosine = (f * means[place]).sum(1) / np.maximum(np.linalg.norm(f, axis=1) * np.linalg.norm(means, axis=1)[place], 1e-12)
+    cosine = (f * means[place]).sum(1) / np.maximum(np.linalg.norm(f, axis=1) * np.linalg.norm(means,
+                                                                                               axis=1)[place], 1e-12)
     spread, apart = by_class(own), cdist(means, means)
     within, between = by_class(own**2).mean(), ((means - means.mean(0)) ** 2).sum(1).mean()
     left_out = own * (counts / (counts - 1))[place]  # from the mean of the others of its class
     degrees = np.degrees(np.arccos(cosine.clip(-1, 1)))
-    per_class = dict(to_own_mean=spread, within=by_class(own**2), angular_spread=by_class(degrees), to_nearest_mean=by_class(others.min(1)),
-                     silhouette=by_class(silhouette_samples(f, y)), nearest_mean=100 * by_class(left_out < others.min(1)))
+    per_class = dict(to_own_mean=spread, within=by_class(own**2), angular_spread=by_class(degrees),
+                     to_nearest_mean=by_class(others.min(1)),
+                     silhouette=by_class(silhouette_samples(f, y)),
+                     nearest_mean=100 * by_class(left_out < others.min(1)))
     found = dict(between=between, means_apart=pairs(apart).mean(), fisher=between / within if within else np.inf,
                  davies_bouldin=davies_bouldin_score(f, y) if pairs(apart).min() > 0 else np.inf)
     if prototypes is not None:
         c = prototypes.detach().double().cpu().numpy()
         distances = cdist(f, c)
         others = np.where(np.arange(len(c)) == y[:, None], np.inf, distances)
-        per_class |= dict(to_own_prototype=by_class(distances[np.arange(len(y)), y]), to_nearest_prototype=by_class(others.min(1)),
+        per_class |= dict(to_own_prototype=by_class(distances[np.arange(len(y)), y]),
+                          to_nearest_prototype=by_class(others.min(1)),
                           nearest_prototype=100 * by_class(distances.argmin(1) == y))
     if logits is not None:
         per_class["linear"] = 100 * by_class(logits.argmax(1).cpu().numpy() == y)
     found |= {name: values.mean() for name, values in per_class.items()}  # every class counts the same
-    return {name: float(value) for name, value in found.items()} | dict(per_class={name: values.tolist() for name, values in per_class.items()})
+    return {name: float(value) for name, value in found.items()} | dict(
+        per_class={name: values.tolist() for name, values in per_class.items()}
+    )
 
 # %% ../nbs/70_geometry.ipynb #c016
 def features_of(
@@ -105,7 +112,7 @@ def geometry(
     net: nn.Module,  # a `Classifier`
     loader: Loader,  # test images
     attack: PGD,
-) -> dict:  # clean and attacked: see `discriminability`; prototypes and means: see `angles`; pictures: what drawing needs
+) -> dict:  # clean, attacked: see `discriminability`; prototypes, means: see `angles`; pictures: to draw
     "The geometry of a network's features."
     clean, attacked = features_of(net, loader), features_of(net, loader, attack)
     anchors = getattr(net.head, "prototypes", None)
@@ -120,12 +127,16 @@ def geometry(
 
     def nearest(features):
         distances = torch.cdist(features, places)
-        to_own, to_rival = distances.gather(1, own[:, None])[:, 0], distances.scatter(1, own[:, None], torch.inf).amin(1)
+        to_own = distances.gather(1, own[:, None])[:, 0]
+        to_rival = distances.scatter(1, own[:, None], torch.inf).amin(1)
         return {name: to.cpu().numpy().round(3).tolist() for name, to in (("own", to_own), ("rival", to_rival))}
 
     return dict(
-        clean=discriminability(clean[0], labels, anchors, clean[1]), attacked=discriminability(attacked[0], labels, anchors, attacked[1]),
+        clean=discriminability(clean[0], labels, anchors, clean[1]),
+        attacked=discriminability(attacked[0], labels, anchors, attacked[1]),
         prototypes=angles(weights.double().cpu().numpy()), means=angles(centred.double().cpu().numpy()), n=len(labels),
-        pictures=dict(cosines=cosines(weights.double().cpu().numpy()).round(3).tolist(), labels=labels.tolist(), anchored=anchors is not None,
-                      clean=onto(clean[0]), attacked=onto(attacked[0]), prototypes=onto(weights), distances=dict(clean=nearest(clean[0]), attacked=nearest(attacked[0]))),
+        pictures=dict(cosines=cosines(weights.double().cpu().numpy()).round(3).tolist(), labels=labels.tolist(),
+                      anchored=anchors is not None,
+                      clean=onto(clean[0]), attacked=onto(attacked[0]), prototypes=onto(weights),
+                      distances=dict(clean=nearest(clean[0]), attacked=nearest(attacked[0]))),
     )

@@ -85,7 +85,10 @@ CONSISTENCIES = {  # of clean and adversarial logits, and of clean and adversari
 # %% ../nbs/30_losses.ipynb #c016
 @dataclass(frozen=True, kw_only=True)
 class Supervised:
-    "What every training loss has: cross-entropy, of smoothed labels if asked for (Szegedy et al., CVPR 2016). The floats among its settings are weights."
+    """What every training loss has: cross-entropy, of smoothed labels if asked for (Szegedy et al., CVPR 2016).
+
+    The floats among its settings are weights.
+    """
 
     label_smoothing: float = 0.0  # share of the target that is spread evenly over all classes, 0 to 1
 
@@ -128,13 +131,14 @@ class AdvDPNPLoss(Supervised):
         )
 
     def adversarial_branch(self, head, features, adv_features, labels):
-        "The terms that see adversarial features; prototypes are constants in all of them, as the method has it: a dict of scalars."
+        "The terms that see adversarial features, prototypes being constants in all of them: a dict of scalars."
         fixed = self.clean_only_update
         adv_logits, prototypes = head(adv_features, detach=fixed), head.prototypes
         return dict(
             adv_ce=self.cross_entropy(adv_logits, labels),
             adv_alignment=positive_alignment(adv_features, labels, prototypes.detach() if fixed else prototypes),
-            consistency=CONSISTENCIES[self.consistency_form](head(features, detach=fixed), adv_logits, features, adv_features),
+            consistency=CONSISTENCIES[self.consistency_form](head(features, detach=fixed), adv_logits,
+                                                             features, adv_features),
         )
 
     def total(self, terms):
@@ -151,5 +155,6 @@ class AdvDPNPLoss(Supervised):
         labels: torch.Tensor,  # (B,) int64
     ) -> tuple[torch.Tensor, dict]:  # the loss, and its unweighted terms
         "Both branches and the consistency between them."
-        terms = self.clean_branch(head, features, labels) | self.adversarial_branch(head, features, adv_features, labels)
+        terms = self.clean_branch(head, features, labels)
+        terms |= self.adversarial_branch(head, features, adv_features, labels)
         return self.total(terms), terms

@@ -48,7 +48,9 @@ def my_rows(
     "The rows of a batch that this process works on."
     rank, processes = share()
     if size % processes:
-        raise ValueError(f"a batch of {size} cannot be shared by {processes} processes: expected a multiple of {processes}")
+        raise ValueError(
+            f"a batch of {size} cannot be shared by {processes} processes: expected a multiple of {processes}"
+        )
     return slice(rank * (size // processes), (rank + 1) * (size // processes))
 
 # %% ../nbs/48_parallel.ipynb #c008
@@ -95,7 +97,8 @@ class SharedStatistics:
                 self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
                 self.running_var.lerp_(variance.to(self.running_var) * n / (n - 1), self.momentum)
         else:
-            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                             self.momentum, self.eps)
         return self.act(self.drop(x)) if hasattr(self, "act") else x
 
 
@@ -120,8 +123,14 @@ def share_batch_norms(
     for module in net.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, SharedStatistics):
             continue
-        if type(module) not in (nn.BatchNorm2d, BatchNormAct2d) or not module.affine or not module.track_running_stats or module.momentum is None:
-            raise ValueError(f"{module} cannot be shared by processes on a CPU: expected BatchNorm2d with weights, running statistics and a momentum")
+        if (
+            type(module) not in (nn.BatchNorm2d, BatchNormAct2d)
+            or not module.affine
+            or not module.track_running_stats
+            or module.momentum is None
+        ):
+            raise ValueError(f"{module} cannot be shared by processes on a CPU: expected BatchNorm2d with weights, "
+                             f"running statistics and a momentum")
         module.__class__ = SharedBatchNorm2d if type(module) is nn.BatchNorm2d else SharedBatchNormAct2d
     return net
 
@@ -130,7 +139,7 @@ def generator_of_my_rows(
     x: torch.Tensor,  # (B, C, H, W): this process's rows
     *key: int,  # see `seed_of`
 ) -> torch.Generator:  # on the device of `x`
-    "A generator for what is drawn for this process's rows: on a CPU it gives the numbers that one process would draw for them."
+    "A generator for this process's rows: on a CPU it gives the numbers that one process would draw for them."
     rank = share()[0]
     if x.is_cuda:
         return seeded(x.device, *key, rank)

@@ -73,7 +73,9 @@ def regular_simplex(
 ) -> torch.Tensor:  # (K, d), rows of norm 1 with every cosine -1 / (K - 1)
     "K unit vectors as far apart as K unit vectors can be."
     if in_features < num_classes - 1:
-        raise ValueError(f"{num_classes} classes need {num_classes - 1} dimensions to be equally far apart, not {in_features}")
+        raise ValueError(
+            f"{num_classes} classes need {num_classes - 1} dimensions to be equally far apart, not {in_features}"
+        )
     centred = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
     points = torch.linalg.svd(centred)[0][:, : num_classes - 1]  # the same points, in the K - 1 dimensions they span
     return F.pad(F.normalize(points, dim=1), (0, in_features - num_classes + 1)).float()
@@ -106,7 +108,8 @@ class Classifier(nn.Module):
         features, d = self.backbone((x - self.mean) / self.std), getattr(self.head, "in_features", None)
         if features.ndim != 2 or d not in (None, features.shape[1]):
             name, shape = type(self.backbone).__name__, tuple(features.shape)
-            raise ValueError(f"{name} returns features {shape}, expected ({len(x)}, {d or 'd'}): a timm model returns them if it is made with num_classes=0")
+            raise ValueError(f"{name} returns features {shape}, expected ({len(x)}, {d or 'd'}): a timm model returns "
+                             f"them if it is made with num_classes=0")
         return features.to(self.mean.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,10 +128,13 @@ def make_backbone(
         if ":" not in backbone:  # otherwise it names a model on a hub
             one_of(backbone.split(".")[0], timm.list_models(), "architecture")
         backbone = timm.create_model(backbone, num_classes=0, in_chans=channels)
-    for name in ("head_hidden_size", "num_features"):  # timm's names; the first differs where a head has a layer of its own
+    # timm's names; the first differs where a head has a layer of its own
+    for name in ("head_hidden_size", "num_features"):
         if isinstance(getattr(backbone, name, None), int):
             return backbone, getattr(backbone, name)
-    raise ValueError(f"{type(backbone).__name__} does not say how many features it returns: give it an attribute num_features")
+    raise ValueError(
+        f"{type(backbone).__name__} does not say how many features it returns: give it an attribute num_features"
+    )
 
 # %% ../nbs/20_prototypes.ipynb #c027
 class PrototypeNet(Classifier):

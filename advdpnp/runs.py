@@ -38,25 +38,31 @@ import advdpnp
 from .attacks import PGD, ThreatModel, correct, standing_after
 from .baselines import CLEAN_METHODS, METHODS, PROTOTYPE_METHODS, make_net, split_name
 from .corruptions import corrupted_images, corruption_accuracy
-from .data import Loader, at_most, averaged, cores, has_fast_bf16, is_path, load_dataset, one_of, own_randomness, pick_device, read_json, replacing
+from .data import Loader, at_most, averaged, cores, has_fast_bf16, is_path, load_dataset, one_of, own_randomness
+from .data import pick_device, read_json, replacing
 from .evaluation import OtherEvaluation, Resume, accuracy, evaluate, standard_attacks, to_digits
 from .geometry import geometry
 from .parallel import as_the_first_says, share
 from .training import Trainer, check_folder, differing, load_state
 
 # %% ../nbs/80_runs.ipynb #c005
-_ALL = dict(weight_decay=5e-4, precision="float32", awp=0.0, ema=0.0, side=None, train_images=None, test_images=None, last_autoattack_images=None, corruption_images=None)
+_ALL = dict(weight_decay=5e-4, precision="float32", awp=0.0, ema=0.0, side=None, train_images=None, test_images=None,
+            last_autoattack_images=None, corruption_images=None)
 PRESETS = {
     "quick": _ALL | dict(dataset="digits", arch="cifar_resnet8", epochs=15, batch_size=64, lr=0.2, schedule="one-cycle",
                          padding=0, val_size=200, steps=5, autoattack_images=64, check_images=100),
-    "small": _ALL | dict(dataset="cifar10", arch="cifar_resnet8_w24", side=16, train_images=25_000, epochs=12, batch_size=128, lr=0.2, schedule="one-cycle", precision="bf16",
-                         padding=2, val_size=1000, steps=5, test_images=5000, autoattack_images=1000, last_autoattack_images=200, check_images=500, corruption_images=2000),
-    "fast": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=30, batch_size=128, lr=0.1, schedule="one-cycle", precision="bf16",
+    "small": _ALL | dict(dataset="cifar10", arch="cifar_resnet8_w24", side=16, train_images=25_000, epochs=12,
+                         batch_size=128, lr=0.2, schedule="one-cycle", precision="bf16",
+                         padding=2, val_size=1000, steps=5, test_images=5000, autoattack_images=1000,
+                         last_autoattack_images=200, check_images=500, corruption_images=2000),
+    "fast": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=30, batch_size=128, lr=0.1,
+                        schedule="one-cycle", precision="bf16",
                         padding=4, val_size=1000, steps=10, autoattack_images=1000, check_images=1000),
     "paper": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=110, batch_size=128, lr=0.1, schedule="drops",
                          padding=4, val_size=1000, steps=10, autoattack_images=None, check_images=1000),
 }
-BUDGETS = {"digits": dict(eps=0.2), "svhn": dict(eval_step_size=1 / 255), "svhn10k": dict(eval_step_size=1 / 255)}  # where not the usual
+# where not the usual
+BUDGETS = {"digits": dict(eps=0.2), "svhn": dict(eval_step_size=1 / 255), "svhn10k": dict(eval_step_size=1 / 255)}
 
 
 def budget_of(dataset: str) -> dict:
@@ -96,7 +102,8 @@ def _fits(key, value, usual):
         return optional if value is None else key == "norm"
     if isinstance(value, bool) or isinstance(usual, (bool, str)) and key != "norm":
         return type(value) is type(usual)
-    return isinstance(value, numbers.Real if isinstance(usual, float) or key in _FLOATS else numbers.Integral) and math.isfinite(value)
+    kind = numbers.Real if isinstance(usual, float) or key in _FLOATS else numbers.Integral
+    return isinstance(value, kind) and math.isfinite(value)
 
 
 def make_config(
@@ -109,7 +116,8 @@ def make_config(
     "The configuration of a run."
     device, dataset = pick_device(device), str(changes.get("dataset", ""))
     if is_path(dataset):
-        raise ValueError(f"dataset is {dataset!r}: expected a name, such as cifar10, or that of an archive <name>.npz in the data folder")
+        raise ValueError(f"dataset is {dataset!r}: expected a name, such as cifar10, or that of an archive <name>.npz "
+                         f"in the data folder")
     if not (_fits("seed", seed, 0) and seed >= 0):
         raise ValueError(f"seed is {seed!r}: expected a whole number, 0 or more")
     preset = one_of(("paper" if device.type == "cuda" else "quick") if preset == "auto" else preset, PRESETS, "preset")
@@ -122,24 +130,31 @@ def make_config(
     config["epochs"] = EPOCHS.get((preset, dataset), config["epochs"])
     chosen = CHOSEN.get(preset, CHOSEN["small"]).get(name, {})
     if preset not in CHOSEN:  # not searched yet: the loss that was chosen on other photographs, and the usual rate
-        chosen = {key: value for key, value in chosen.items() if key in fields} | dict(lr=RATES.get(dataset, config["lr"]))
+        chosen = {key: value for key, value in chosen.items() if key in fields}
+        chosen["lr"] = RATES.get(dataset, config["lr"])
     config |= chosen | budget_of(dataset) | extras
     if not has_fast_bf16(device):
         config["precision"] = "float32"
     for key, value in changes.items():
         usual = config[one_of(key, config, "parameter")]
         if not _fits(key, value, usual):
-            raise ValueError(f"{key} is {value!r}: expected something like {'a whole number, or None' if usual is None else repr(usual)}")
-        if isinstance(value, numbers.Number) and not isinstance(value, bool):  # 1 is 1.0 where numbers need not be whole, and NumPy's are no JSON
+            like = "a whole number, or None" if usual is None else repr(usual)
+            raise ValueError(f"{key} is {value!r}: expected something like {like}")
+        # 1 is 1.0 where numbers need not be whole, and NumPy's are no JSON
+        if isinstance(value, numbers.Number) and not isinstance(value, bool):
             changes[key] = (float if isinstance(usual, float) or key in _FLOATS else int)(value)
-    of_machine = PRESETS[preset]["precision"] == "bf16"  # so that asking for a precision is a change, even if it is what this machine would take
-    changes = {key: value for key, value in changes.items() if value != config[key] or (key, of_machine) == ("precision", True)}
+    # so that asking for a precision is a change, even if it is what this machine would take
+    of_machine = PRESETS[preset]["precision"] == "bf16"
+    changes = {key: value for key, value in changes.items()
+               if value != config[key] or (key, of_machine) == ("precision", True)}
     config |= changes
     for key, value in config.items():
-        if (key.endswith("images") or key in ("side", "val_size", "epochs", "batch_size")) and value is not None and value < 1:
+        counts = key.endswith("images") or key in ("side", "val_size", "epochs", "batch_size")
+        if counts and value is not None and value < 1:
             raise ValueError(f"{key} is {value}: expected at least 1")
     if config["padding"] < 0 or not (config["eval_step_size"] is None or config["eval_step_size"] > 0):
-        raise ValueError(f"padding is {config['padding']} and eval_step_size {config['eval_step_size']}: expected 0 or more, and a step above 0 or None")
+        raise ValueError(f"padding is {config['padding']} and eval_step_size {config['eval_step_size']}: expected 0 or "
+                         f"more, and a step above 0 or None")
     METHODS[name](**{key: config[key] for key in fields if key != "norm"})  # a ValueError for weights that cannot be
     ThreatModel(config["eps"])  # of methods that have none, too
     return dict(method=method, preset=preset, seed=seed, **config, changes=sorted({*changes} - {"dataset", "arch"}))
@@ -154,7 +169,7 @@ def check_parameters(
     given: dict,  # a notebook's globals
     known: list[str],  # the parameters it has
 ):
-    "Raise a ValueError for a parameter that a notebook does not have: papermill only warns, and goes on with the default."
+    "Raise a ValueError for a parameter that a notebook does not have: papermill only warns and takes the default."
     for name, value in given.items():
         if not name.startswith("_") and isinstance(value, (str, int, float, bool, type(None))):
             one_of(name, known, "parameter")
@@ -164,25 +179,33 @@ def processor() -> str:
     "The name of this machine's processor, and the widest instructions that PyTorch uses of it."
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
-    extras = [name for name, has in (("AMX", torch.cpu._is_amx_tile_supported()), ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported())) if has]
-    return ", ".join([found[1] if found else platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability(), *extras])
+    extras = [name for name, has in (("AMX", torch.cpu._is_amx_tile_supported()),
+                                     ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported())) if has]
+    return ", ".join([found[1] if found else platform.processor() or platform.machine(),
+                      torch.backends.cpu.get_cpu_capability(), *extras])
 
 
 def provenance(
     device: torch.device,
 ) -> dict:
     "What a number was made with: versions, commit, hardware."
-    git = lambda *words: subprocess.run(["git", *words], cwd=Path(advdpnp.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    git = lambda *words: subprocess.run(["git", *words], cwd=Path(advdpnp.__file__).parent, capture_output=True,
+                                        text=True, check=True).stdout.strip()
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # in a repository, and in its own
-        commit = git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "."))  # of the package: results may lie about changed
+        # of the package: results may lie about changed
+        commit = git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "."))
     except (OSError, subprocess.CalledProcessError):
         commit = None
     gpu = device.type == "cuda"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
-    return dict(version=advdpnp.__version__, commit=commit, versions=versions, cuda=torch.version.cuda, processor=processor(),
-                device=torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1),
-                tf32=gpu and torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cudnn.conv.fp32_precision == "tf32",  # what a GPU's convolutions in float32 are really in, outside evaluation
+    return dict(version=advdpnp.__version__, commit=commit, versions=versions, cuda=torch.version.cuda,
+                processor=processor(),
+                device=torch.cuda.get_device_name(device) if gpu
+                else f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1),
+                # what a GPU's convolutions in float32 are really in, outside evaluation
+                tf32=gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+                and torch.backends.cudnn.conv.fp32_precision == "tf32",
                 peak_memory_bytes=torch.cuda.max_memory_allocated(device) if gpu else None)
 
 # %% ../nbs/80_runs.ipynb #c017
@@ -213,11 +236,15 @@ def load_checkpoint(
     settings = path.parent / "config.json"
     for file in (path, settings):
         if not file.exists():
-            raise FileNotFoundError(f"{file} is not there: a run's folder holds config.json, best.safetensors and last.safetensors")
+            raise FileNotFoundError(
+                f"{file} is not there: a run's folder holds config.json, best.safetensors and last.safetensors"
+            )
     said, advice = read_json(settings), f"delete {path.parent} to get it anew"
     config = said.get("run")
     if config is None:
-        raise ValueError(f"{settings} is not of a run of the ledger: it does not say which network the weights belong to")
+        raise ValueError(
+            f"{settings} is not of a run of the ledger: it does not say which network the weights belong to"
+        )
     if path.name in said.get("sha256", {}) and said["sha256"][path.name] != sha256_of(path):
         raise ValueError(f"{path} is not the file that {settings} speaks of (its sha256 differs): {advice}")
     try:
@@ -236,13 +263,18 @@ def load_checkpoint(
 def at_work(
     folder: Path,  # of a run
 ):
-    "Inside, the run is marked as this process's; an error is kept in `error.txt`. A RuntimeError if another process is at work on it."
+    """Inside, the run is marked as this process's; an error is kept in `error.txt`.
+
+    A RuntimeError if another process is at work on it.
+    """
     mark, error, lock = folder / "running", folder / "error.txt", FileLock(folder / "lock", timeout=1)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
     except Timeout:
-        raise RuntimeError(f"{worker(folder) or 'another process'} is at work on {folder}: wait for it, or stop it") from None
+        raise RuntimeError(
+            f"{worker(folder) or 'another process'} is at work on {folder}: wait for it, or stop it"
+        ) from None
     with replacing(mark) as part:
         part.write_text(f"process {os.getpid()} on {platform.node()}")
     try:
@@ -274,7 +306,7 @@ def worker(
 
 def status(
     folder: Path,  # of a run
-) -> tuple[str, str]:  # "finished", "damaged", "running", "failed", "trained", "interrupted" or "missing"; and how far it is
+) -> tuple[str, str]:  # "finished", "damaged", "running", "failed", "trained", "interrupted" or "missing"; how far
     "What has become of a run."
     lines = folder / "metrics.jsonl"
     epochs = len(lines.read_text().splitlines()) if lines.exists() else 0
@@ -341,7 +373,8 @@ class Runs:
 
     def corrupted(self, config):
         "The corrupted test images of a run, made if they are not there."
-        return corrupted_images(load_dataset(config["dataset"], self.data_dir), self.data_dir, images=config["corruption_images"], jobs="auto", quiet=self.quiet)
+        return corrupted_images(load_dataset(config["dataset"], self.data_dir), self.data_dir,
+                                images=config["corruption_images"], jobs="auto", quiet=self.quiet)
 
     def net(self, config):
         "The untrained network of a run; the same seed gives the same weights."
@@ -355,7 +388,8 @@ class Runs:
         config = self.settled(config)
         cls = METHODS[split_name(config["method"])[0]]
         method = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
-        keys = ("epochs", "batch_size", "lr", "weight_decay", "awp", "ema", "schedule", "padding", "precision", "val_size", "seed")
+        keys = ("epochs", "batch_size", "lr", "weight_decay", "awp", "ema", "schedule", "padding", "precision",
+                "val_size", "seed")
         return Trainer(self.net(config), method, self.dataset(config), **{key: config[key] for key in keys},
                        val_attack=PGD(config["eps"], steps=10), device=self.device, folder=self.folder(config),
                        config={"run": config}, quiet=self.quiet, name=title(config))
@@ -387,7 +421,9 @@ class Runs:
         self.check(config)
         record, best = of_settings(read_json(path), config, path), path.with_name("best.safetensors")
         if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
-            raise ValueError(f"{path} is of another checkpoint than {best} (its sha256 differs): delete it to measure again")
+            raise ValueError(
+                f"{path} is of another checkpoint than {best} (its sha256 differs): delete it to measure again"
+            )
         return record
 
     def model(self, config, which="best"):
@@ -398,7 +434,8 @@ class Runs:
             raise FileNotFoundError(f"{path} is not there: train this run first, with Ledger.run")
         result = path.with_name("result.json")
         if result.exists() and read_json(result)[which]["sha256"] != self.sha256(config, which):
-            raise ValueError(f"{path} is not the file that was measured (its sha256 differs): delete {path.parent} to train this run again")
+            raise ValueError(f"{path} is not the file that was measured (its sha256 differs): delete {path.parent} to "
+                             f"train this run again")
         return load_checkpoint(path)[0].to(self.device)
 
     def plain(self, config):
@@ -436,36 +473,44 @@ def title(config):
 # %% ../nbs/80_runs.ipynb #c025c
 def attacks_of(config):
     "The attacks of the tables, as a run's configuration has them."
-    return standard_attacks(config["eps"], prototypes=split_name(config["method"])[0] in PROTOTYPE_METHODS, step_size=config["eval_step_size"])
+    return standard_attacks(config["eps"], prototypes=split_name(config["method"])[0] in PROTOTYPE_METHODS,
+                            step_size=config["eval_step_size"])
 
 
 def chosen_by(config):
     "What makes an epoch of a run the best."
-    return f"{'clean' if split_name(config['method'])[0] in CLEAN_METHODS else 'robust'} accuracy on {config['val_size']} held-out training images"
+    return (f"{'clean' if split_name(config['method'])[0] in CLEAN_METHODS else 'robust'} accuracy on "
+            f"{config['val_size']} held-out training images")
 
 
 def attacked(runs, config, deadline):
-    "The best and the last epoch of a run under every attack, and how it was trained; interrupted, it goes on from what it found."
+    "The best and the last epoch of a run under every attack, and how it was trained; interrupted, it goes on."
     dataset, folder = runs.dataset(config), runs.folder(config)
     if not (folder / "state.pt").exists():
-        raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: delete {folder} to train it again")
+        raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: delete {folder} to "
+                         f"train it again")
     state = load_state(folder / "state.pt")
-    record = dict(epochs=state["epoch"], training_seconds=round(state["seconds"], 2), history=state["history"], selection=f"best of {state['epoch']} epochs by {chosen_by(config)}")
+    record = dict(epochs=state["epoch"], training_seconds=round(state["seconds"], 2), history=state["history"],
+                  selection=f"best of {state['epoch']} epochs by {chosen_by(config)}")
     for which in ("best", "last"):
         resume = folder / f"result-{which}.json"
         if which == "last" and runs.sha256(config, "last") == runs.sha256(config, "best"):
             record["last"] = record["best"]  # the last epoch was the best: measured already
             continue
-        limit = which == "last" and config["last_autoattack_images"] or config["autoattack_images"]  # test images for AutoAttack
-        measure = partial(evaluate, runs.model(config, which), dataset, attacks_of(config), images=config["test_images"],
+        # test images for AutoAttack
+        limit = which == "last" and config["last_autoattack_images"] or config["autoattack_images"]
+        measure = partial(evaluate, runs.model(config, which), dataset, attacks_of(config),
+                          images=config["test_images"],
                           limits={"autoattack": limit or len(dataset.x_test)}, check_images=config["check_images"],
-                          twin=runs.twin(config), resume=resume, deadline=deadline, quiet=runs.quiet, title=f"{title(config)} {which}")
+                          twin=runs.twin(config), resume=resume, deadline=deadline, quiet=runs.quiet,
+                          title=f"{title(config)} {which}")
         try:
             found = measure()
         except OtherEvaluation:  # begun on a machine that rounds otherwise
             resume.unlink()
             found = measure()
-        record[which] = dict(epoch=state["best"]["epoch"] if which == "best" else state["epoch"], sha256=runs.sha256(config, which), **found)
+        record[which] = dict(epoch=state["best"]["epoch"] if which == "best" else state["epoch"],
+                             sha256=runs.sha256(config, which), **found)
     return record | dict(trained_with=read_json(folder / "trained.json"))
 
 # %% ../nbs/80_runs.ipynb #c025e
@@ -477,7 +522,8 @@ def first_images(runs, config):
 
 def under_corruptions(runs, config, deadline):
     "Accuracy under common corruptions; interrupted, it begins anew, a minute's work on a GPU."
-    return corruption_accuracy(runs.model(config), runs.corrupted(config), config["side"], quiet=runs.quiet, title=title(config), deadline=deadline)
+    return corruption_accuracy(runs.model(config), runs.corrupted(config), config["side"], quiet=runs.quiet,
+                               title=title(config), deadline=deadline)
 
 
 def shape_of_features(runs, config, deadline):
@@ -486,13 +532,16 @@ def shape_of_features(runs, config, deadline):
 
 
 def tradeoff(runs, config, deadline):
-    "Clean accuracy, and the worst case over PGD-20, C&W and the attack on prototypes, image by image, on `first_images`."
+    "Clean accuracy and the worst case over PGD-20, C&W and the attack on prototypes, by image, on `first_images`."
     net, images = runs.model(config), first_images(runs, config)
     kept = Resume(runs.folder(config) / "tradeoff-best.json", dict(sha256=runs.sha256(config)), deadline)
     clean = worst = correct(net, images)
-    for attack in (attack for attack in attacks_of(config) if attack.name in ("pgd20", "cw", "prototype")):  # AutoAttack takes ten times as long
-        worst = standing_after(net, images, attack, worst, 0, runs.quiet, title(config), kept.begin(attack.name), kept.keeper(attack.name))
-    return dict(n=len(clean), seconds=round(kept.seconds, 2), clean=accuracy(clean), worst=accuracy(worst), verdicts=dict(clean=to_digits(clean), worst=to_digits(worst)))
+    # AutoAttack takes ten times as long
+    for attack in (attack for attack in attacks_of(config) if attack.name in ("pgd20", "cw", "prototype")):
+        worst = standing_after(net, images, attack, worst, 0, runs.quiet, title(config), kept.begin(attack.name),
+                               kept.keeper(attack.name))
+    return dict(n=len(clean), seconds=round(kept.seconds, 2), clean=accuracy(clean), worst=accuracy(worst),
+                verdicts=dict(clean=to_digits(clean), worst=to_digits(worst)))
 
 
 def of_best(found):
@@ -507,7 +556,8 @@ def of_best(found):
     return measured
 
 
-RECORDS = {"result": attacked, "corruptions": of_best(under_corruptions), "geometry": of_best(shape_of_features), "tradeoff": of_best(tradeoff)}
+RECORDS = {"result": attacked, "corruptions": of_best(under_corruptions), "geometry": of_best(shape_of_features),
+           "tradeoff": of_best(tradeoff)}
 
 # %% ../nbs/80_runs.ipynb #c025h
 def _forget_peak(device):
@@ -583,7 +633,8 @@ class Ledger(Runs):
                 with one_thread(self.device), at_work(folder):
                     if record := self.result(config, kind):
                         return record  # of another process, while this one waited
-                    record = about | RECORDS[kind](self, config, None if time_limit is None else time.time() + time_limit) | provenance(self.device)
+                    record = about | RECORDS[kind](self, config, None if time_limit is None
+                                                   else time.time() + time_limit) | provenance(self.device)
                     with replacing(folder / f"{kind}.json") as part:
                         part.write_text(json.dumps(record, indent=1))
                     for left_over in folder.glob(f"{kind}-*.json"):
@@ -597,17 +648,26 @@ class Ledger(Runs):
         records: list[dict],  # made by `measure`, on another machine
         kind: str = "result",  # one of `RECORDS`
     ) -> list[Path]:  # where they are now
-        "Take in records: where a run has none of its own, they are read instead. A ValueError for other settings than those of this package."
-        taken, tell = {}, {"result": "best", "corruptions": "accuracy", "geometry": "prototypes", "tradeoff": "verdicts"}[one_of(kind, RECORDS, "record")]
+        """Take in records: where a run has none of its own, they are read instead.
+
+        A ValueError for other settings than those of this package.
+        """
+        taken = {}
+        tell = {"result": "best", "corruptions": "accuracy", "geometry": "prototypes",
+                "tradeoff": "verdicts"}[one_of(kind, RECORDS, "record")]
         needed = {"method", "preset", "seed", "dataset", "arch", "changes"}
-        whole = lambda record: isinstance(record, dict) and tell in record and isinstance(record.get("config"), dict) and needed <= record["config"].keys()
+        whole = lambda record: (isinstance(record, dict) and tell in record
+                                and isinstance(record.get("config"), dict) and needed <= record["config"].keys())
         if not (isinstance(records, list) and records and all(map(whole, records))):
-            raise ValueError(f"these are no records of kind {kind}: expected a list of them, as in the .json beside a table")
+            raise ValueError(
+                f"these are no records of kind {kind}: expected a list of them, as in the .json beside a table"
+            )
         for record in records:
             config = record["config"]
             same = {key: config.get(key) for key in ("dataset", "arch", *config["changes"])}
             now = make_config(config["method"], config["preset"], config["seed"], self.device, **same)
-            taken[self.adopted(now, kind)] = of_settings(record | dict(method=config["method"]), now, f"a record of {title(config)}")
+            taken[self.adopted(now, kind)] = of_settings(record | dict(method=config["method"]), now,
+                                                         f"a record of {title(config)}")
         for path, record in taken.items():  # all of them are good
             with replacing(path) as part:
                 part.write_text(json.dumps(record, indent=1))
@@ -631,21 +691,28 @@ class Ledger(Runs):
         time_limit: float | None = None,  # seconds for all of them together
         kind: str = "result",  # one of `RECORDS`
     ) -> list[dict | None]:  # their records in order; None where time ran out
-        "Records of several runs. What is missing is trained, then measured, side by side, the longest first. If some fail, the first error is raised when the others are done."
+        """Records of several runs. What is missing is trained, then measured, side by side, the longest first.
+
+        If some fail, the first error is raised when the others are done.
+        """
         deadline = None if time_limit is None else time.time() + time_limit
         missing = [*{self.folder(config): config for config in configs if self.result(config, kind) is None}.values()]
         if time_limit is not None and time_limit <= 0:
             missing = []
         missing.sort(key=lambda config: split_name(config["method"])[0] in CLEAN_METHODS)
         for config in missing:
-            self.corrupted(config) if kind == "corruptions" else self.dataset(config)  # downloaded or made once, and not by every worker
+            # downloaded or made once, and not by every worker
+            self.corrupted(config) if kind == "corruptions" else self.dataset(config)
         if jobs == "auto":
             jobs = 1 if self.device.type == "cuda" else cores()
         plain = {self.folder(twin): twin for config in missing if kind == "result" for twin in [self.plain(config)]}
-        missing += [twin for folder, twin in plain.items() if self.adopted(twin).exists() and not self.trained(twin)]  # a record from elsewhere cannot be attacked
+        # a record from elsewhere cannot be attacked
+        missing += [twin for folder, twin in plain.items() if self.adopted(twin).exists() and not self.trained(twin)]
         errors = []
         for step in ("train", kind):  # measured when all are trained: a run's undefended twin may be among them
-            errors += share_work(self, step, [config for config in missing if self.trained(config) == (step == kind) and (step == "train" or self.result(config, kind) is None)], jobs, deadline)
+            left = [config for config in missing if self.trained(config) == (step == kind)
+                    and (step == "train" or self.result(config, kind) is None)]
+            errors += share_work(self, step, left, jobs, deadline)
         if errors:
             raise errors[0]
         return [self.result(config, kind) for config in configs]
@@ -661,7 +728,8 @@ def share_work(
     "Do a step of several runs, in workers."
     where = ledger.data_dir, ledger.device, ledger.quiet
     errors = []
-    if not configs or ledger.device.type == "cpu" and min(jobs, len(configs)) == 1:  # a GPU's worker also keeps this process free of it
+    # a GPU's worker also keeps this process free of it
+    if not configs or ledger.device.type == "cpu" and min(jobs, len(configs)) == 1:
         for config in configs:
             try:
                 do_alone(*where, step, config, deadline)
@@ -669,14 +737,16 @@ def share_work(
                 errors.append(error)
         return errors
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(configs)), context, initializer=_become_worker, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(min(jobs, len(configs)), context, initializer=_become_worker,
+                             initargs=(os.getpid(),)) as pool:
         work = [pool.submit(do_alone, *where, step, config, deadline) for config in configs]
         try:
             errors = [one.exception() for one in as_completed(work) if one.exception()]
             for error in errors:
                 if isinstance(error, BrokenProcessPool):
-                    raise RuntimeError("a worker ended too early: it was killed, or it could not start since a script starts runs outside of "
-                                       "`if __name__ == \"__main__\":` (on a CPU, jobs=1 does without workers)") from error
+                    raise RuntimeError("a worker ended too early: it was killed, or it could not start since a script "
+                                       'starts runs outside of `if __name__ == "__main__":` (on a CPU, jobs=1 does '
+                                       "without workers)") from error
         except BaseException:  # interrupted
             for process in list(pool._processes.values()):
                 process.terminate()  # each goes on next time from the state it saved last
@@ -687,7 +757,10 @@ def share_work(
 def do_alone(data_dir, device, quiet, step, config, deadline):
     "A step of one run, in whichever process this is."
     ledger, left = Ledger(data_dir, device, quiet), _left(deadline)
-    ledger.train(config, left) if one_of(step, ["train", *RECORDS], "step") == "train" else ledger.measure(config, left, step)
+    if one_of(step, ["train", *RECORDS], "step") == "train":
+        ledger.train(config, left)
+    else:
+        ledger.measure(config, left, step)
 
 
 def _become_worker(parent):

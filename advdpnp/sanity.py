@@ -55,18 +55,26 @@ def check_outputs(
     with torch.no_grad(), untouched(model, seeded(x.device, 0)):
         alone = torch.cat([model(image[None]).float() for image in x[:4]])
     first, second = outputs
-    size = (first - first.mean(1, keepdim=True)).abs().max().clamp(min=1e-12)  # what is added to all of an image's logits changes nothing
+    # what is added to all of an image's logits changes nothing
+    size = (first - first.mean(1, keepdim=True)).abs().max().clamp(min=1e-12)
     again, apart = ((first - second).abs().max() / size).item(), ((first[:4] - alone).abs().max() / size).item()
     sums = first.sum(1)
-    probabilities = first.min() >= -1e-5 and first.max() <= 1.01 and (sums - 1).abs().max() < 1e-2  # also in half precision
+    # also in half precision
+    probabilities = first.min() >= -1e-5 and first.max() <= 1.01 and (sums - 1).abs().max() < 1e-2
     lead = -margin(first, y)
     far = 100 * (lead > LEAD).float().mean().item()
+    span = f"from {first.min():.3g} to {first.max():.3g}"
     return [
-        outcome("evaluation mode", not mode, "given in training mode" if mode else "given in evaluation mode", "evaluation mode"),
-        outcome("deterministic", again < 1e-3, f"asked again, logits differ by {again:.1e} of their size", "less than 1e-3"),
-        outcome("batch-independent", apart < 1e-3, f"alone, an image's logits differ by {apart:.1e} of their size", "less than 1e-3"),
-        outcome("logits", not probabilities, f"outputs from {first.min():.3g} to {first.max():.3g}, rows sum to {sums.min():.3g} to {sums.max():.3g}", "no probabilities"),
-        outcome("logit range", far <= 1, f"{far:.1f}% of images lead by more than {LEAD:g}; logits from {first.min():.3g} to {first.max():.3g}", "at most 1%"),
+        outcome("evaluation mode", not mode, "given in training mode" if mode else "given in evaluation mode",
+                "evaluation mode"),
+        outcome("deterministic", again < 1e-3, f"asked again, logits differ by {again:.1e} of their size",
+                "less than 1e-3"),
+        outcome("batch-independent", apart < 1e-3, f"alone, an image's logits differ by {apart:.1e} of their size",
+                "less than 1e-3"),
+        outcome("logits", not probabilities, f"outputs {span}, rows sum to {sums.min():.3g} to {sums.max():.3g}",
+                "no probabilities"),
+        outcome("logit range", far <= 1, f"{far:.1f}% of images lead by more than {LEAD:g}; logits {span}",
+                "at most 1%"),
     ]
 
 # %% ../nbs/58_sanity.ipynb #c013
@@ -99,23 +107,30 @@ def slack(
 
 
 def check_attacks(
-    accuracy: dict,  # per cent on the same images: "clean", "noise", "fgsm", "worst", and if they were run "pgd20", "cw", "transfer"
+    accuracy: dict,  # per cent: "clean", "noise", "fgsm", "worst", and if they were run "pgd20", "cw", "transfer"
     n: int,  # images
 ) -> list[dict]:  # outcomes
     "Whether attacks that know more find more."
     a, more = accuracy, slack(n)
     one, all_ = a["noise"] - a["fgsm"], a["noise"] - a["worst"]
     checks = [
-        outcome("noise", a["worst"] <= a["noise"] + more, f"worst case {a['worst']:.1f}%, random noise {a['noise']:.1f}%", "the worst case is lower"),
-        outcome("one step", all_ < 5 or one >= 0.1 * all_, f"of {all_:.1f} points below noise, one step takes {one:.1f}", "at least a tenth"),
+        outcome("noise", a["worst"] <= a["noise"] + more,
+                f"worst case {a['worst']:.1f}%, random noise {a['noise']:.1f}%", "the worst case is lower"),
+        outcome("one step", all_ < 5 or one >= 0.1 * all_,
+                f"of {all_:.1f} points below noise, one step takes {one:.1f}", "at least a tenth"),
     ]
-    for name, weak, strong, expected, holds in (("iterations", "fgsm", "pgd20", "pgd20 is lower", lambda weak, strong: strong <= weak + more),
-                                                ("loss", "pgd20", "cw", "within 10 points", lambda weak, strong: weak - strong <= 10)):
+    for name, weak, strong, expected, holds in (
+        ("iterations", "fgsm", "pgd20", "pgd20 is lower", lambda weak, strong: strong <= weak + more),
+        ("loss", "pgd20", "cw", "within 10 points", lambda weak, strong: weak - strong <= 10),
+    ):
         both = weak in a and strong in a
         found = f"{weak} {a[weak]:.1f}%, {strong} {a[strong]:.1f}%" if both else f"{weak} or {strong} was not run"
         checks.append(outcome(name, holds(a[weak], a[strong]) if both else None, found, expected))
-    found = f"worst case {a['worst']:.1f}%, images made for the twin {a['transfer']:.1f}%" if "transfer" in a else "no undefended twin at hand"
-    checks.append(outcome("transfer", a["worst"] <= a["transfer"] + more if "transfer" in a else None, found, "the worst case is lower"))
+    passed, found = None, "no undefended twin at hand"
+    if "transfer" in a:
+        passed = a["worst"] <= a["transfer"] + more
+        found = f"worst case {a['worst']:.1f}%, images made for the twin {a['transfer']:.1f}%"
+    checks.append(outcome("transfer", passed, found, "the worst case is lower"))
     return checks
 
 # %% ../nbs/58_sanity.ipynb #c019
@@ -152,7 +167,9 @@ def check_steps(
     "Whether twice the steps find no more."
     half, end = path["standing"][len(path["steps"]) // 2], path["standing"][-1]
     n = path["steps"][-1]
-    return [outcome("steps", half - end <= slack(path["n"]), f"{half:.1f}% stand after {n // 2} steps, {end:.1f}% after {n}", f"at most {slack(path['n']):.1f} points less")]
+    return [outcome("steps", half - end <= slack(path["n"]),
+                    f"{half:.1f}% stand after {n // 2} steps, {end:.1f}% after {n}",
+                    f"at most {slack(path['n']):.1f} points less")]
 
 # %% ../nbs/58_sanity.ipynb #c022
 def everything(
@@ -184,12 +201,13 @@ def check_curve(
     "Whether the curve falls, down to chance."
     a, more = curve["accuracy"], slack(curve["n"])
     rise = max(later - before for before, later in zip(a, a[1:]))
-    return [outcome("budget", rise <= more and a[-1] <= chance + more, f"{a[-1]:.1f}% stand at eps {curve['eps'][-1]:.3g}; steepest rise {max(rise, 0):.1f} points",
+    return [outcome("budget", rise <= more and a[-1] <= chance + more,
+                    f"{a[-1]:.1f}% stand at eps {curve['eps'][-1]:.3g}; steepest rise {max(rise, 0):.1f} points",
                     f"falling, down to {chance:.1f}% at most")]
 
 # %% ../nbs/58_sanity.ipynb #c025
 def check_square(
-    stages: dict,  # per cent standing after each of AutoAttack's stages, in order, "square" the last; empty if it was not run
+    stages: dict,  # per cent standing after each of AutoAttack's stages, "square" the last; or empty
     n: int,  # images
 ) -> list[dict]:  # outcomes
     "Whether the search without gradients gains on the attacks with them."
@@ -197,7 +215,8 @@ def check_square(
     if "square" not in stages:
         return [outcome("square", None, "AutoAttack was not run", f"at most {allowed:.1f}")]
     before, after = list(stages.values())[-2:]
-    return [outcome("square", before - after <= allowed, f"Square takes {before - after:.2f} points more", f"at most {allowed:.1f}")]
+    return [outcome("square", before - after <= allowed, f"Square takes {before - after:.2f} points more",
+                    f"at most {allowed:.1f}")]
 
 
 def sanity(
@@ -228,7 +247,8 @@ def sanity(
         accuracy["transfer"] = percent((said == loader.y).cpu() & clean)
         falls, eps = correct(twin, loader), min(4 * attack.eps, everything(attack.norm, x[0].numel()))
         stand = percent(standing_after(twin, loader, replace(attack, eps=eps, step_size=eps / 4), falls, quiet=True))
-        twin_falls = outcome("twin", stand <= chance + slack(n), f"{stand:.1f}% of the twin's stand at eps {eps:.3g}", f"at most {chance:.1f}%")
+        twin_falls = outcome("twin", stand <= chance + slack(n), f"{stand:.1f}% of the twin's stand at eps {eps:.3g}",
+                             f"at most {chance:.1f}%")
     all_ = everything(attack.norm, x[0].numel())
     budgets = sorted({min(attack.eps * factor, all_) for factor in (0.25, 0.5, 1, 1.5, 2)} | {all_})
     with full_precision():
@@ -236,7 +256,8 @@ def sanity(
         gradients = check_gradients(model, x[right], y[right], ThreatModel(attack.eps, attack.norm), size)
         path = climb(model, x, y, replace(attack, steps=2 * attack.steps), size)
         curve = robustness_curve(model, loader, attack, budgets)
-    checks = outputs + gradients + check_attacks(accuracy, n) + check_steps(path) + check_curve(curve, chance) + [twin_falls]
+    checks = outputs + gradients + check_attacks(accuracy, n) + check_steps(path)
+    checks += check_curve(curve, chance) + [twin_falls]
     stages = stages or {}
     checks += check_square({name: percent(v) for name, v in stages.items()}, len(next(iter(stages.values()), loader.x)))
     return dict(checks=checks, curve=curve, path=path)
@@ -280,7 +301,7 @@ def reverse_test(
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]
     attack,  # an attack with eps, norm and a seed
 ) -> dict:  # how many images were tests, how many planted points the attack and random noise found
-    "Plant an adversarial example for every image, and count how many the attack finds (Zimmermann et al., NeurIPS 2022)."
+    "Plant an adversarial example for every image, and count those the attack finds (Zimmermann et al., NeurIPS 2022)."
     threat, counts = ThreatModel(attack.eps, attack.norm), dict(tests=0, found=0, noise=0)
     for i, image in enumerate(x):
         generator = seeded(x.device, i)

@@ -11,9 +11,7 @@ __all__ = ['TABLES', 'KINDS', 'FEW', 'ROWS', 'LABELS', 'GEOMETRY', 'ANCHORS', 'A
            'draw_distances', 'draw_tradeoff', 'draw_rows']
 
 # %% ../nbs/85_tables.ipynb #c002
-import itertools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +29,8 @@ from .evaluation import from_digits
 from .runs import Ledger, make_config, status
 
 # %% ../nbs/85_tables.ipynb #c005
-TABLES = {1: "cifar10", 2: "cifar100", 3: "svhn", 4: "cifar10", 5: "cifar10", 6: "cifar10", 7: "cifar10"}  # what they are about
+# what they are about
+TABLES = {1: "cifar10", 2: "cifar100", 3: "svhn", 4: "cifar10", 5: "cifar10", 6: "cifar10", 7: "cifar10"}
 KINDS = {4: "corruptions", 5: "geometry", 7: "tradeoff"}  # the records they show; the others: "result"
 FEW = "PGD-AT, TRADES, dual-branch linear, Adv-DPNP"  # tables 2 and 3 without a GPU
 _ABLATION = {  # to what is not as in Adv-DPNP
@@ -63,7 +62,9 @@ _SWEEPS = {  # what trades clean for robust accuracy
 ROWS = {  # of the tables that are not one row a method: a row's name, and its method and settings
     6: {row: dict(method="Adv-DPNP", **change) for row, change in _ABLATION.items()},
     7: {row: change for method, knobs in _SWEEPS.items() for row, change in (
-        (method, dict(method=method)), *((f"{method} {knob}={value:g}", {"method": method, knob: value}) for knob, values in knobs.items() for value in values))},
+        (method, dict(method=method)),
+        *((f"{method} {knob}={value:g}", {"method": method, knob: value})
+          for knob, values in knobs.items() for value in values))},
 }
 
 
@@ -72,7 +73,7 @@ def table_runs(
     preset: str = "auto",
     dataset: str = "",  # empty: the table's own; with the preset quick, the digits
     methods: str = "",  # with commas; in tables 6 and 7, names in `ROWS`; empty: all of them, or what there is time for
-    seeds: str = "auto",  # such as "0, 1, 2"; auto: those three for paper, and for tables 1, 4 and 5 at small; 0 for the others
+    seeds: str = "auto",  # such as "0, 1, 2"; auto: those for paper, and for tables 1, 4 and 5 at small; else 0
     device="auto",
 ) -> list[tuple[str, dict]]:  # a row's name, and a configuration from `make_config`; the first seed's rows first
     "The runs that a table asks for."
@@ -81,7 +82,8 @@ def table_runs(
     dataset = dataset or ("digits" if preset == "quick" else about)
     rows = [name.strip() for name in methods.split(",") if name.strip()]
     if number in ROWS:
-        rows = [one_of(row, ROWS[number], f"row of table {number}") for row in rows] or [*ROWS[number]][: 8 if (number, preset) == (6, "quick") else None]
+        usual = [*ROWS[number]][: 8 if (number, preset) == (6, "quick") else None]
+        rows = [one_of(row, ROWS[number], f"row of table {number}") for row in rows] or usual
     elif not rows:
         rows = FEW.split(", ") if preset == "small" and number in (2, 3) else [*METHODS]
     if str(seeds) == "auto":
@@ -91,13 +93,15 @@ def table_runs(
     except ValueError:
         raise ValueError(f"seeds are {seeds!r}: expected whole numbers, such as 0 or 0,1,2") from None
     change = lambda row: ROWS[number][row] if number in ROWS else dict(method=row)
-    runs = [(row, make_config(preset=preset, seed=seed, device=device, dataset=dataset, **change(row))) for seed, row in chosen]
+    runs = [(row, make_config(preset=preset, seed=seed, device=device, dataset=dataset, **change(row)))
+            for seed, row in chosen]
     if number in ROWS and not methods:  # a method's chosen setting is a row already
         runs = [(row, config) for row, config in runs if config["changes"] or row == config["method"]]
     return runs
 
 # %% ../nbs/85_tables.ipynb #c009
-LABELS = dict(clean="clean", fgsm="FGSM", pgd20="PGD-20", cw="C&W", prototype="prototype PGD", autoattack="AutoAttack", worst="worst case")
+LABELS = dict(clean="clean", fgsm="FGSM", pgd20="PGD-20", cw="C&W", prototype="prototype PGD", autoattack="AutoAttack",
+              worst="worst case")
 
 
 def grouped(
@@ -120,7 +124,8 @@ def over_seeds(
 ) -> pd.DataFrame:  # method, then the mean of each number with <number>_std beside it, n_seeds
     "Mean and standard deviation over the seeds of each method."
     groups = rows.groupby("method", sort=False)
-    columns = {f"{name}{suffix}": values for name in rows.columns.drop("method") for suffix, values in (("", groups[name].mean()), ("_std", groups[name].std()))}
+    columns = {f"{name}{suffix}": values for name in rows.columns.drop("method")
+               for suffix, values in (("", groups[name].mean()), ("_std", groups[name].std()))}
     return pd.DataFrame(columns).assign(n_seeds=groups.size()).reset_index()
 
 
@@ -133,9 +138,12 @@ def tabulate(
     rows = pd.DataFrame(accuracies)[[name for name in LABELS if any(name in found for found in accuracies)]]
     rows.insert(0, "method", [r["method"] for r in records])
     table = over_seeds(rows)
-    checks = {method: [check for r in runs for check in r[which].get("checks", [])] for method, runs in grouped(records).items()}
-    named = lambda method, passed: "; ".join(dict.fromkeys(check["name"] for check in checks[method] if check["passed"] is passed))
-    return table.assign(flags=[named(method, False) for method in table["method"]], not_run=[named(method, None) for method in table["method"]])
+    checks = {method: [check for r in runs for check in r[which].get("checks", [])]
+              for method, runs in grouped(records).items()}
+    of = lambda method, passed: dict.fromkeys(c["name"] for c in checks[method] if c["passed"] is passed)
+    named = lambda method, passed: "; ".join(of(method, passed))
+    return table.assign(flags=[named(method, False) for method in table["method"]],
+                        not_run=[named(method, None) for method in table["method"]])
 
 
 def markdown(
@@ -162,20 +170,22 @@ def readable(
                 continue
             m = runs[0][which]["metrics"][name]
             spread = f"± {row[name + '_std']:.1f}" if len(runs) > 1 else interval(m)
-            few = f" (n = {', '.join(map(str, sizes(runs, name)))})" if len(sizes(records, name)) > 1 else ""  # not on the same images as the others
+            # not on the same images as the others
+            few = f" (n = {', '.join(map(str, sizes(runs, name)))})" if len(sizes(records, name)) > 1 else ""
             cells.append(f"{row[name]:.1f} {spread}{few}")
         minutes = sum(r["training_seconds"] for r in runs) / len(runs) / 60
-        cells += [(row["flags"] or "none") + f" (not run: {row['not_run']})" * bool(row["not_run"]), ", ".join(str(r[which]["epoch"]) for r in runs), f"{minutes:.1f}"]
+        cells += [(row["flags"] or "none") + f" (not run: {row['not_run']})" * bool(row["not_run"]),
+                  ", ".join(str(r[which]["epoch"]) for r in runs), f"{minutes:.1f}"]
         lines.append(cells)
-        notes += [f"- {r['method']}, seed {r['seed']}: {check['name']}: {check['found']}; expected: {check['expected']}."
-                  for r in runs for check in r[which].get("checks", []) if check["passed"] is False]
+        notes += [f"- {r['method']}, seed {r['seed']}: {c['name']}: {c['found']}; expected: {c['expected']}."
+                  for r in runs for c in r[which].get("checks", []) if c["passed"] is False]
     head = ["method", *(LABELS[name] for name in metrics), "flags", f"{which} epoch", "minutes"]
     return markdown([head, *lines]) + ("\n\nSanity checks that failed:\n\n" + "\n".join(notes) if notes else "")
 
 # %% ../nbs/85_tables.ipynb #c012
 def published(
     dataset: str,
-    data_dir="data",  # in its folder `reported`, files with columns dataset, arch, method, checkpoint, metric, value, std, source
+    data_dir="data",  # `reported` in it: dataset, arch, method, checkpoint, metric, value, std, source
 ) -> str:
     "Published accuracies on a data set as a table in Markdown; empty if there are none."
     files = sorted((Path(data_dir) / "reported").glob("*.csv"))
@@ -183,14 +193,17 @@ def published(
     found = found[found["dataset"] == dataset]
     metrics = [name for name in LABELS if name in set(found.get("metric", []))]
     lines = [["method", "network", "epoch", *(LABELS[name] for name in metrics), "source"]]
-    for (method, arch, checkpoint, source), rows in found.groupby(["method", "arch", "checkpoint", "source"], sort=False) if metrics else ():
+    groups = found.groupby(["method", "arch", "checkpoint", "source"], sort=False) if metrics else ()
+    for (method, arch, checkpoint, source), rows in groups:
         values = rows.drop_duplicates("metric").set_index("metric")["value"]
         if values.index.isin(metrics).any():
-            lines.append([method, arch, checkpoint, *(f"{values[name]:.2f}" if name in values else "–" for name in metrics), source])
+            lines.append([method, arch, checkpoint,
+                          *(f"{values[name]:.2f}" if name in values else "–" for name in metrics), source])
     return markdown(lines) if len(lines) > 1 else ""
 
 # %% ../nbs/85_tables.ipynb #c013b
-GEOMETRY = dict(fisher="Fisher ratio", silhouette="silhouette", davies_bouldin="Davies-Bouldin", own_over_rival="own/rival", angular_spread="spread (°)",
+GEOMETRY = dict(fisher="Fisher ratio", silhouette="silhouette", davies_bouldin="Davies-Bouldin",
+                own_over_rival="own/rival", angular_spread="spread (°)",
                 nearest_mean="nearest mean (%)", linear="logits (%)")
 ANCHORS = dict(to_own_prototype="to own", to_nearest_prototype="to nearest other")
 ANGLES = dict(mean="mean angle (°)", smallest="smallest (°)", simplex_deviation="deviation from simplex")
@@ -199,7 +212,8 @@ ANGLES = dict(mean="mean angle (°)", smallest="smallest (°)", simplex_deviatio
 def made_with(records):
     "The precision of training and the device, for the line below a table; of all records, if they differ."
     rounded = lambda r: r["config"]["precision"] == "float32" and r.get("trained_with", r).get("tf32")
-    ways = [f"trained in {r['config']['precision']}{' (convolutions in TF32)' if rounded(r) else ''}; {r['device']}" for r in records]
+    ways = [f"trained in {r['config']['precision']}{' (convolutions in TF32)' if rounded(r) else ''}; {r['device']}"
+            for r in records]
     return ", or ".join(dict.fromkeys(ways))
 
 
@@ -210,7 +224,8 @@ def corruption_rows(
     rows = []
     for r in records:
         by_name = {name: np.mean(values) for name, values in r["accuracy"].items()}
-        groups = {group: np.mean([by_name[name] for name in names]) for group, names in GROUPS.items() if {*names} <= {*by_name}}
+        groups = {group: np.mean([by_name[name] for name in names]) for group, names in GROUPS.items()
+                  if {*names} <= {*by_name}}
         rows.append({"method": r["method"], "mean": r["mean"], **groups, **by_name})
     return pd.DataFrame(rows)
 
@@ -221,8 +236,10 @@ def geometry_rows(
     "Compactness and separation of features."
     rows = []
     for r in records:
-        states = {state: r[state] | dict(own_over_rival=r[state]["to_own_mean"] / r[state]["to_nearest_mean"]) for state in ("clean", "attacked")}
-        rows.append({"method": r["method"], **{f"{state}_{name}": found.get(name, np.nan) for state, found in states.items() for name in (*GEOMETRY, *ANCHORS)},
+        states = {state: r[state] | dict(own_over_rival=r[state]["to_own_mean"] / r[state]["to_nearest_mean"])
+                  for state in ("clean", "attacked")}
+        rows.append({"method": r["method"], **{f"{state}_{name}": found.get(name, np.nan)
+                                               for state, found in states.items() for name in (*GEOMETRY, *ANCHORS)},
                      **{f"{what}_{name}": r[what][name] for what in ("prototypes", "means") for name in ANGLES}})
     return pd.DataFrame(rows)
 
@@ -238,7 +255,8 @@ def numbers(
     lines = [["" if upright else "method", *columns.values()]]
     for i, row in table.iterrows():
         several = row["n_seeds"] > 1
-        spread = lambda name: f" ± {row[name + '_std']:.{digits}f}" if several else " " + spreads[name][i] if name in (spreads or {}) else ""
+        plain = lambda name: f" {spreads[name][i]}" if name in (spreads or {}) else ""
+        spread = lambda name: f" ± {row[name + '_std']:.{digits}f}" if several else plain(name)
         lines.append([row["method"], *(f"{row[name]:.{digits}f}{spread(name)}" for name in columns)])
     return markdown([*zip(*lines)] if upright else lines)
 
@@ -247,26 +265,39 @@ def corruption_text(records):
     "Accuracy under corruptions, by group and one by one, in Markdown; a ValueError if records are of different images."
     sources = {(r["source"], r.get("recipe"), r["n"]) for r in records}
     if len(sources) > 1:
-        raise ValueError(f"records are of different corrupted images ({'; '.join(map(str, sorted(sources, key=str)))}): delete corruptions.json in the folders of the older runs")
+        raise ValueError(
+            f"records are of different corrupted images ({'; '.join(map(str, sorted(sources, key=str)))}): delete "
+            f"corruptions.json in the folders of the older runs"
+        )
     table, first = over_seeds(corruption_rows(records)), records[0]
     intervals = dict(mean=[interval(runs[0]) for runs in grouped(records).values()])
     groups = [group for group in GROUPS if group in table]
-    made = "the published files of CIFAR-10-C" if first["source"] == "published" else f"images made here from {first['n']} test images (not the published files)"
-    return "\n\n".join([numbers(table, dict(mean="all", **{group: group for group in groups}), spreads=intervals),
-                        "One by one, the mean over five severities:", numbers(table, {name: name.replace("_", " ") for name in first["accuracy"]}, upright=True),
-                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}; {made}; {made_with(records)}."])
+    made = f"images made here from {first['n']} test images (not the published files)"
+    if first["source"] == "published":
+        made = "the published files of CIFAR-10-C"
+    return "\n\n".join([
+        numbers(table, dict(mean="all", **{group: group for group in groups}), spreads=intervals),
+        "One by one, the mean over five severities:",
+        numbers(table, {name: name.replace("_", " ") for name in first["accuracy"]}, upright=True),
+        f"{first['dataset']}, {first['arch']}, preset {first['preset']}; {made}; {made_with(records)}.",
+    ])
 
 
 def geometry_text(records):
     "Compactness, separation and angles in Markdown."
     table, first = over_seeds(geometry_rows(records)), records[0]
-    part = lambda what, names, digits: numbers(table, {f"{what}_{name}": label for name, label in names.items()}, digits)
+    part = lambda what, names: numbers(table, {f"{what}_{name}": label for name, label in names.items()}, 2)
     anchored = table.dropna(subset=[f"clean_{name}" for name in ANCHORS])
-    distances = numbers(anchored, {f"{state}_{name}": f"{label}, {images}" for state, images in (("clean", "clean"), ("attacked", "under PGD-20")) for name, label in ANCHORS.items()}, 2)
-    return "\n\n".join(["Clean images:", part("clean", GEOMETRY, 2), "Under PGD-20:", part("attacked", GEOMETRY, 2),
-                        *(["Mean distance of features to prototypes, where they are anchors:", distances] if len(anchored) else []),
-                        "Prototypes, or the weight vectors of a linear layer:", part("prototypes", ANGLES, 2), "Class means about their centre:", part("means", ANGLES, 2),
-                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {made_with(records)}."])
+    distances = numbers(anchored, {f"{state}_{name}": f"{label}, {images}"
+                                   for state, images in (("clean", "clean"), ("attacked", "under PGD-20"))
+                                   for name, label in ANCHORS.items()}, 2)
+    return "\n\n".join(["Clean images:", part("clean", GEOMETRY), "Under PGD-20:", part("attacked", GEOMETRY),
+                        *(["Mean distance of features to prototypes, where they are anchors:", distances]
+                          if len(anchored) else []),
+                        "Prototypes, or the weight vectors of a linear layer:", part("prototypes", ANGLES),
+                        "Class means about their centre:", part("means", ANGLES),
+                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; "
+                        f"{made_with(records)}."])
 
 # %% ../nbs/85_tables.ipynb #c013d
 def hull(
@@ -283,7 +314,7 @@ def hull(
 
 
 def front_gap(
-    a: np.ndarray,  # (2, P, N): which images the networks of a method get right, clean and in the worst case; 1 or 0, or the mean over seeds
+    a: np.ndarray,  # (2, P, N): whether P networks get N images right, clean and in the worst case; or means over seeds
     b: np.ndarray,  # (2, Q, N): those of another method, on the same images
     resamples: int = 400,
     splits: int = 10,  # of the images into halves
@@ -301,7 +332,8 @@ def front_gap(
         levels = np.linspace(min(top, max(front[0, 0] for front in fronts)), top, 21)
         return np.subtract(*(np.interp(levels, *front.T).mean() for front in fronts)), levels[0], top
 
-    crossed = lambda weights: np.mean([compared(weights, *pair) for half in halves for pair in ((half, ~half), (~half, half))], axis=0)
+    crossed = lambda weights: np.mean([compared(weights, *pair) for half in halves
+                                       for pair in ((half, ~half), (~half, half))], axis=0)
     points, least, largest = crossed(np.ones(images))
     draws = random.multinomial(images, np.full(images, 1 / images), resamples)
     low, high = np.percentile([crossed(weights)[0] for weights in draws], [2.5, 97.5])
@@ -315,20 +347,23 @@ def _by_method(records):
 
 def _verdicts(records):
     "(2, P, N): which images the rows of a table get right, clean and in the worst case, the mean over seeds."
-    return np.array([[np.mean([from_digits(r["verdicts"][which]).numpy() for r in runs], axis=0) for runs in grouped(records).values()] for which in ("clean", "worst")])
+    return np.array([[np.mean([from_digits(r["verdicts"][which]).numpy() for r in runs], axis=0)
+                      for runs in grouped(records).values()] for which in ("clean", "worst")])
 
 
 def tradeoff_rows(
     records: list[dict],  # of kind "tradeoff"
 ) -> pd.DataFrame:  # a row a run: method, clean, worst; in per cent
     "Clean and worst-case accuracy."
-    return pd.DataFrame([{"method": r["method"], "clean": r["clean"]["accuracy"], "worst": r["worst"]["accuracy"]} for r in records])
+    return pd.DataFrame([{"method": r["method"], "clean": r["clean"]["accuracy"], "worst": r["worst"]["accuracy"]}
+                         for r in records])
 
 
 def tradeoff_text(records):
     "Clean and worst-case accuracy of every run, and how far Adv-DPNP's front lies above the others', in Markdown."
     table, first = over_seeds(tradeoff_rows(records)), records[0]
-    intervals = {which: [interval(runs[0][which]) for runs in grouped(records).values()] for which in ("clean", "worst")}
+    intervals = {which: [interval(runs[0][which]) for runs in grouped(records).values()]
+                 for which in ("clean", "worst")}
     parts = [numbers(table, dict(clean="clean", worst="worst of PGD-20, C&W, prototype PGD"), spreads=intervals)]
     others = {method: _verdicts(runs) for method, runs in _by_method(records).items()}
     ours = others.pop("Adv-DPNP", None)
@@ -336,9 +371,12 @@ def tradeoff_text(records):
         lines = [["method", "networks", "Adv-DPNP's front above its", "over clean accuracies of"]]
         for method, theirs in others.items():
             found = front_gap(ours, theirs)
-            lines.append([method, str(theirs.shape[1]), f"{found['points']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]", "{:.1f} to {:.1f}".format(*found["over"])])
-        parts += [f"Worst-case accuracy where clean accuracies are equal, for the {ours.shape[1]} networks of Adv-DPNP; intervals are over test images, so another seed may lie outside:", markdown(lines)]
-    return "\n\n".join([*parts, f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; {made_with(records)}."])
+            above = f"{found['points']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]"
+            lines.append([method, str(theirs.shape[1]), above, "{:.1f} to {:.1f}".format(*found["over"])])
+        parts += [f"Worst-case accuracy where clean accuracies are equal, for the {ours.shape[1]} networks of "
+                  f"Adv-DPNP; intervals are over test images, so another seed may lie outside:", markdown(lines)]
+    setting = f"{first['dataset']}, {first['arch']}, preset {first['preset']}"
+    return "\n\n".join([*parts, f"{setting}, {first['n']} test images; {made_with(records)}."])
 
 # %% ../nbs/85_tables.ipynb #c015
 def save_result(
@@ -347,21 +385,24 @@ def save_result(
     data_dir="data",  # with published numbers
     beside: bool = True,  # put published numbers below
 ) -> list[Path]:  # what was written
-    "Write the records (.json), the table of the best checkpoints (.csv), that of the last (.last.csv), and both for people (.md)."
+    "Write the records (.json), tables of the best (.csv) and the last checkpoints (.last.csv), and both to read (.md)."
     first = records[0]
-    sizes = {which: " or ".join(map(str, sorted({r[which]["metrics"]["worst"]["n"] for r in records}))) for which in ("best", "last")}
-    few = sizes["best"] if sizes["best"] == sizes["last"] else f"{sizes['best']}, and at the last epoch {sizes['last']},"
-    about = f"{first['dataset']}, {first['arch']}, preset {first['preset']}, eps {first['config']['eps']:.4g}, {first['best']['n']} test images" \
-            f" ({few} for AutoAttack and the worst case); {made_with(records)}."
+    sizes = {which: " or ".join(map(str, sorted({r[which]["metrics"]["worst"]["n"] for r in records})))
+             for which in ("best", "last")}
+    few = sizes["best"] + (f", and at the last epoch {sizes['last']}," if sizes["best"] != sizes["last"] else "")
+    about = (f"{first['dataset']}, {first['arch']}, preset {first['preset']}, eps {first['config']['eps']:.4g}, "
+             f"{first['best']['n']} test images ({few} for AutoAttack and the worst case); {made_with(records)}.")
     others = published(first["dataset"], data_dir) if beside else ""
     if others:
         size = f"{first['config']['side']} pixels, " if first["config"].get("side") else ""
-        others = f"\n\nPublished, trained with other code and settings (ours: {first['arch']}, {size}{first['config']['epochs']} epochs):\n\n{others}"
+        others = (f"\n\nPublished, trained with other code and settings (ours: {first['arch']}, "
+                  f"{size}{first['config']['epochs']} epochs):\n\n{others}")
     return save(stem, {
         ".json": json.dumps(records, indent=1),
         ".csv": tabulate(records).to_csv(index=False),
         ".last.csv": tabulate(records, "last").to_csv(index=False),
-        ".md": f"Best epoch, chosen on held-out training images:\n\n{readable(records)}\n\nLast epoch:\n\n{readable(records, 'last')}\n\n{about}{others}\n",
+        ".md": f"Best epoch, chosen on held-out training images:\n\n{readable(records)}\n\nLast "
+               f"epoch:\n\n{readable(records, 'last')}\n\n{about}{others}\n",
     })
 
 
@@ -374,7 +415,8 @@ def save(stem, texts):
     return paths
 
 # %% ../nbs/85_tables.ipynb #c016b
-TEXTS = {"corruptions": (corruption_rows, corruption_text), "geometry": (geometry_rows, geometry_text), "tradeoff": (tradeoff_rows, tradeoff_text)}
+TEXTS = {"corruptions": (corruption_rows, corruption_text), "geometry": (geometry_rows, geometry_text),
+         "tradeoff": (tradeoff_rows, tradeoff_text)}
 
 
 @dataclass
@@ -406,7 +448,8 @@ class Table:
 
 def _rows(number, usual, asked):
     "The names of all rows that a table may show: its usual ones, those with extras, and what is asked for."
-    extras = [f"{method}{ends}" for method in METHODS for ends in ("+AWP", "+EMA", "+AWP+EMA")] if number not in ROWS else list(ROWS[number])
+    extras = list(ROWS.get(number, [])) or [
+        f"{method}{ends}" for method in METHODS for ends in ("+AWP", "+EMA", "+AWP+EMA")]
     return dict.fromkeys([row for row, _ in usual] + extras + [row for row, _ in asked])
 
 
@@ -414,7 +457,7 @@ def make_table(
     number: int,  # one of `TABLES`
     preset: str = "auto",
     dataset: str = "",  # empty: the table's own; with the preset quick, the digits
-    methods: str = "",  # what to train and measure, see `table_runs`; whatever else is finished is shown as well, in tables 6 and 7 of seeds that all rows have
+    methods: str = "",  # see `table_runs`; what else is finished is shown, too, in tables 6, 7 if all rows have the seed
     seeds: str = "auto",
     time_limit: float | None = None,  # seconds; None: until all is done
     device="auto",
@@ -422,7 +465,10 @@ def make_table(
     jobs: int | str = "auto",  # runs side by side
     quiet: bool = False,  # no progress bars
 ) -> Table:
-    "Train and measure what is asked for and not there, and write the table. If runs fail, the error is raised when the others are in it."
+    """Train and measure what is asked for and not there, and write the table.
+
+    If runs fail, the error is raised when the others are in it.
+    """
     asked, kind = table_runs(number, preset, dataset, methods, seeds, device), KINDS.get(number, "result")
     usual, first, failure = table_runs(number, preset, dataset, device=device), asked[0][1], None
     ledger = Ledger(data_dir, device, quiet)
@@ -448,13 +494,20 @@ def make_table(
             shown.add(ledger.folder(config))
     if number in ROWS:  # rows of one method are compared seed by seed
         rows, wanted = {row for row, _ in done}, {seed for _, seed in cells(asked)}
-        done = {(row, seed): record for (row, seed), record in done.items() if seed in wanted or all((other, seed) in done for other in rows)}
+        done = {(row, seed): record for (row, seed), record in done.items() if seed in wanted
+                or all((other, seed) in done for other in rows)}
     records = [*done.values()]
     if len({record["data_sha256"] for record in records}) > 1:
-        raise ValueError(f"the records of table {number} were not measured on the same files: adopt only those whose data_sha256 is that of your {first['dataset']}")
-    so_far = lambda config: f"trained, {kind} not measured" if kind != "result" and ledger.trained(config) else " ".join(status(ledger.folder(config))).strip()
-    left = [f"{row}, seed {config['seed']}: {so_far(config)}" for row, config in asked if (row, config["seed"]) not in done]
-    name = [f"table{number}", first["preset"]] + [first["dataset"]] * (first["dataset"] != table_runs(number, preset, device=device)[0][1]["dataset"])
+        raise ValueError(f"the records of table {number} were not measured on the same files: adopt only those whose "
+                         f"data_sha256 is that of your {first['dataset']}")
+    unmeasured = lambda config: kind != "result" and ledger.trained(config)
+    so_far = lambda config: (f"trained, {kind} not measured" if unmeasured(config)
+                             else " ".join(status(ledger.folder(config))).strip())
+    left = [f"{row}, seed {config['seed']}: {so_far(config)}" for row, config in asked
+            if (row, config["seed"]) not in done]
+    name = [f"table{number}", first["preset"]]
+    if first["dataset"] != table_runs(number, preset, device=device)[0][1]["dataset"]:
+        name.append(first["dataset"])
     name += ["partial"] * (bool(left) or not cells(usual) <= done.keys())
     stem, files = Path(data_dir) / "results" / ".".join(name), []
     if records and kind == "result":
@@ -462,7 +515,8 @@ def make_table(
     elif records:
         rows, text = TEXTS[kind]
         short = [{key: value for key, value in r.items() if key != "pictures"} for r in records]
-        files = save(stem, {".json": json.dumps(short, indent=1), ".csv": over_seeds(rows(records)).to_csv(index=False), ".md": text(records) + "\n"})
+        files = save(stem, {".json": json.dumps(short, indent=1), ".csv": over_seeds(rows(records)).to_csv(index=False),
+                            ".md": text(records) + "\n"})
     if name[-1] != "partial":
         for old in stem.parent.glob(f"{stem.name}.partial.*"):
             old.unlink()
@@ -476,7 +530,7 @@ def adopt(
     data_dir="data",
     device="auto",
 ) -> list[Path]:  # where they are now
-    "Put the records of a table that another machine made into the ledger: here, too, these runs then count as finished."
+    "Put the records of a table that another machine made into the ledger: these runs then count as finished here, too."
     path = Path(path)
     number = path.name.removeprefix("table").partition(".")[0]
     if path.suffix != ".json" or number not in map(str, TABLES):
@@ -520,7 +574,8 @@ def draw_budget(records):
     figure, ax = plt.subplots(figsize=(7.5, 3.6))
     of = colours(r["method"] for r in records)
     for r in records:
-        ax.plot(r["best"]["curve"]["eps"], r["best"]["curve"]["accuracy"], marker="o", ms=4, color=of[r["method"]], label=r["method"])
+        ax.plot(r["best"]["curve"]["eps"], r["best"]["curve"]["accuracy"], marker="o", ms=4, color=of[r["method"]],
+                label=r["method"])
     eps = records[0]["config"]["eps"]
     ax.axvline(eps, color="0.6", ls=":")
     places, bend = {"0": 0, "ε/2": eps / 2, "ε": eps, "2ε": 2 * eps, "4ε": 4 * eps}, 4 * eps < 0.5
@@ -529,7 +584,8 @@ def draw_budget(records):
     places = {name: place for name, place in places.items() if place < (0.3 if bend else 0.45)} | {"0.5": 0.5}
     ax.set_xticks([*places.values()], [*places])
     ax.minorticks_off()
-    ax.set(xlim=(-eps / 8, 0.53), ylim=(-1, None), xlabel=f"budget; ε = {eps:.3g}" + bend * "; logarithmic from 2ε", ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
+    ax.set(xlim=(-eps / 8, 0.53), ylim=(-1, None), xlabel=f"budget; ε = {eps:.3g}" + bend * "; logarithmic from 2ε",
+           ylabel=f"accuracy under PGD-20 (%)\non {records[0]['best']['curve']['n']} test images")
     _legend(ax)
     return figure
 
@@ -557,11 +613,13 @@ def draw_images(
 ):
     "Test images as they are and as PGD-20 leaves them for each method, with what is seen in them: a figure."
     config = records[0]["config"]
-    records = [r for r in records if (ledger.folder(r["config"]) / "best.safetensors").exists()]  # not those that were measured elsewhere
+    # not those that were measured elsewhere
+    records = [r for r in records if (ledger.folder(r["config"]) / "best.safetensors").exists()]
     images = ledger.dataset(config)
     x = to_float(torch.from_numpy(images.x_test[:count])).to(ledger.device)
     y = torch.from_numpy(images.y_test[:count]).to(ledger.device)
-    figure, axes = plt.subplots(len(records) + 1, len(x), figsize=(0.9 * len(x), 1.15 * (len(records) + 1)), squeeze=False)
+    lines, columns = len(records) + 1, len(x)
+    figure, axes = plt.subplots(lines, columns, figsize=(0.9 * columns, 1.15 * lines), squeeze=False)
     for row, r in zip(axes, [None, *records]):
         shown, said = x, y
         if r is not None:
@@ -579,13 +637,16 @@ def draw_images(
 # %% ../nbs/85_tables.ipynb #c029b
 def draw_corruptions(records):
     "Accuracy of every method under every corruption, and against severity, the mean over seeds: a figure."
-    table = over_seeds(corruption_rows(records)).set_index("method")[[*records[0]["accuracy"]]].rename(columns=lambda name: name.replace("_", " "))
+    table = over_seeds(corruption_rows(records)).set_index("method")[[*records[0]["accuracy"]]]
+    table = table.rename(columns=lambda name: name.replace("_", " "))
     figure, (ax, lines) = plt.subplots(1, 2, figsize=(12.5, 0.4 * len(table) + 2), width_ratios=(3, 1))
-    sns.heatmap(table - table.max(), annot=table, fmt=".0f", cmap="rocket", vmin=-30, vmax=0, ax=ax, annot_kws=dict(size=7), cbar_kws=dict(label="points to the best", extend="min"))
+    sns.heatmap(table - table.max(), annot=table, fmt=".0f", cmap="rocket", vmin=-30, vmax=0, ax=ax,
+                annot_kws=dict(size=7), cbar_kws=dict(label="points to the best", extend="min"))
     ax.set(xlabel="", ylabel="")
     of = colours(r["method"] for r in records)
     for method, runs in grouped(records).items():
-        lines.plot(range(1, 6), np.mean([[*r["accuracy"].values()] for r in runs], axis=(0, 1)), marker="o", ms=3, color=of[method], label=method)
+        lines.plot(range(1, 6), np.mean([[*r["accuracy"].values()] for r in runs], axis=(0, 1)), marker="o", ms=3,
+                   color=of[method], label=method)
     lines.set(xlabel="severity", ylabel="accuracy (%)", xticks=range(1, 6))
     _legend(lines)
     return figure
@@ -595,14 +656,16 @@ def draw_angles(records, class_names):
     "The cosines between prototypes of each method: a figure."
     lines = 1 + (len(records) > 4)
     columns = -(-len(records) // lines)
-    figure, axes = plt.subplots(lines, columns, figsize=(2.2 * columns + 1, 2.5 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(2.2 * columns + 1, 2.5 * lines), squeeze=False,
+                                layout="constrained")
     for ax in axes.flat[len(records):]:
         ax.axis("off")
     for ax, r in zip(axes.flat, records):
         cosines = np.array(r["pictures"]["cosines"])
         few = len(cosines) <= 10
-        sns.heatmap(cosines, mask=np.eye(len(cosines), dtype=bool), vmin=-0.5, vmax=0.5, cmap="vlag", square=True, ax=ax, cbar=False,
-                    xticklabels=class_names if few else False, yticklabels=class_names if few and ax in axes[:, 0] else False)
+        sns.heatmap(cosines, mask=np.eye(len(cosines), dtype=bool), vmin=-0.5, vmax=0.5, cmap="vlag", square=True,
+                    ax=ax, cbar=False,
+                    xticklabels=few and class_names, yticklabels=few and ax in axes[:, 0] and class_names)
         ax.set_title(r["method"], fontsize=8)
         ax.tick_params(labelsize=7)
     figure.colorbar(axes[0, 0].collections[0], ax=axes, shrink=0.8, extend="both", label="cosine")
@@ -619,7 +682,8 @@ def draw_features(records, classes: int = 10):
         for ax, state in zip(column, ("clean", "attacked")):
             ax.scatter(*np.array(pictures[state])[shown].T, c=of[labels[shown]], s=2, lw=0)
             if pictures["anchored"]:
-                ax.scatter(*np.array(pictures["prototypes"])[:classes].T, c=of, marker="*", s=80, edgecolor="black", lw=0.6)
+                ax.scatter(*np.array(pictures["prototypes"])[:classes].T, c=of, marker="*", s=80,
+                           edgecolor="black", lw=0.6)
             ax.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         column[0].set_title(r["method"], fontsize=8)
     axes[0, 0].set_ylabel("clean")
@@ -629,14 +693,15 @@ def draw_features(records, classes: int = 10):
 
 
 def draw_distances(records):
-    "Distances to the own and to the nearest rival prototype or mean, in units of the median distance to the rival, clean and attacked: a figure."
+    "Distances to the own and the nearest rival prototype or mean, relative to the median one to the rival: a figure."
     rows = []
     for r in records:
         found = r["pictures"]["distances"]
         unit = np.median(found["clean"]["rival"])
         rows += [dict(method=r["method"], images=images, to=to, distance=distance / unit)
                  for images, sides in found.items() for to, distances in sides.items() for distance in distances]
-    grid = sns.catplot(pd.DataFrame(rows), x="images", y="distance", hue="to", col="method", kind="violin", split=True, inner="quart", cut=0,
+    grid = sns.catplot(pd.DataFrame(rows), x="images", y="distance", hue="to", col="method", kind="violin", split=True,
+                       inner="quart", cut=0,
                        density_norm="width", height=2.6, aspect=0.7, linewidth=0.7)
     grid.set_titles("{col_name}", size=8).set_axis_labels("", "distance / median to rival")
     return grid.figure
@@ -646,32 +711,41 @@ KNOBS = dict(beta="β", consistency="λ", clean_weight="w")  # on a picture
 
 
 def _setting(record):
-    "What a run of a sweep was set to, for a picture; the chosen value of its method's first knob where nothing was changed."
+    "What a run of a sweep was set to, for a picture; where nothing was changed, the value of its method's first knob."
     config = record["config"]
-    knobs = [name for name in KNOBS if name in config.get("changes", [])] or [name for name in KNOBS if name in config][:1]
+    knobs = [name for name in KNOBS if name in config.get("changes", [])]
+    knobs = knobs or [name for name in KNOBS if name in config][:1]
     return "".join(f"{KNOBS[name]}={config[name]:g}" for name in knobs)
 
 
 def draw_tradeoff(records):
-    "Worst-case against clean accuracy: the fronts of all methods, then each one's runs before the others' fronts: a figure."
+    "Worst-case against clean accuracy: all fronts, then each method's runs before the others' fronts: a figure."
     by_method = _by_method(records)
     of, columns = colours(by_method), min(3, len(by_method) + 1)
-    points = {method: over_seeds(tradeoff_rows(runs))[["clean", "worst"]].to_numpy() for method, runs in by_method.items()}
+    points = {method: over_seeds(tradeoff_rows(runs))[["clean", "worst"]].to_numpy()
+              for method, runs in by_method.items()}
     lines = -(-(len(by_method) + 1) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 3 * lines), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 3 * lines), sharex=True, sharey=True,
+                                squeeze=False, layout="constrained")
     for ax, shown in zip(axes.flat, [None, *by_method]):
         for method, here in points.items():
             own = shown in (None, method)
-            ax.plot(*here[hull(here)].T, color=of[method] if own else "0.85", lw=2 if own else 1.5, marker="o", ms=5 if own else 0, label=method, zorder=2 + own)
+            ax.plot(*here[hull(here)].T, color=of[method] if own else "0.85", lw=2 if own else 1.5, marker="o",
+                    ms=5 if own else 0, label=method, zorder=2 + own)
         ax.set_title(shown or "the fronts", fontsize=10)
         if shown:
             rows = [*grouped(by_method[shown]).values()]
-            reach = np.abs([[[r[which][end] - r[which]["accuracy"] for r, *_ in rows] for end in ("low", "high")] for which in ("clean", "worst")])
-            ax.errorbar(*points[shown].T, xerr=reach[0], yerr=reach[1], fmt="o", ms=3, lw=0.5, color=of[shown], alpha=0.4, zorder=4)
-            places = points[shown][:, 0].argsort(kind="stable").argsort()  # from left to right, written above and below the front in turn
+            reach = np.abs([[[r[which][end] - r[which]["accuracy"] for r, *_ in rows] for end in ("low", "high")]
+                            for which in ("clean", "worst")])
+            ax.errorbar(*points[shown].T, xerr=reach[0], yerr=reach[1], fmt="o", ms=3, lw=0.5, color=of[shown],
+                        alpha=0.4, zorder=4)
+            # from left to right, written above and below the front in turn
+            places = points[shown][:, 0].argsort(kind="stable").argsort()
             for (first, *_), point, place in zip(rows, points[shown], places):
                 chosen = "bold" if not first["config"].get("changes") else "normal"
-                ax.annotate(_setting(first), point, xytext=(-4, -12) if place % 2 else (4, 5), ha="right" if place % 2 else "left", textcoords="offset points", fontsize=8, fontweight=chosen, color=of[shown], zorder=5)
+                offset, side = ((-4, -12), "right") if place % 2 else ((4, 5), "left")
+                ax.annotate(_setting(first), point, xytext=offset, ha=side, textcoords="offset points", fontsize=8,
+                            fontweight=chosen, color=of[shown], zorder=5)
     axes[0, 0].legend(frameon=False, fontsize=7, loc="lower left")
     for ax in axes.flat[len(by_method) + 1 :]:
         ax.axis("off")
@@ -686,13 +760,15 @@ def draw_rows(
     metrics=("clean", "pgd20", "autoattack"),
 ):
     "Some accuracies of every row, beside the first row's: a figure."
-    figure, axes = plt.subplots(1, len(metrics), figsize=(3 * len(metrics) + 1.5, 0.28 * len(records) + 1), sharey=True, layout="constrained")
+    size = (3 * len(metrics) + 1.5, 0.28 * len(records) + 1)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained")
     for ax, name in zip(axes, metrics):
         found = [r["best"]["metrics"][name] for r in records]
         accuracy, low, high = (np.array([m[key] for m in found]) for key in ("accuracy", "low", "high"))
         ax.axvspan(low[0], high[0], color="0.93")
         ax.axvline(accuracy[0], color="0.6", ls=":")
-        ax.errorbar(accuracy, np.arange(len(found)), xerr=np.abs([accuracy - low, high - accuracy]), fmt="o", ms=4, lw=1)
+        ax.errorbar(accuracy, np.arange(len(found)), xerr=np.abs([accuracy - low, high - accuracy]),
+                    fmt="o", ms=4, lw=1)
         ax.set(xlabel=f"{LABELS[name]} (%)\non {found[0]['n']} test images")
     axes[0].set(yticks=range(len(records)), yticklabels=[r["method"] for r in records])
     axes[0].invert_yaxis()

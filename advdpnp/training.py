@@ -25,7 +25,8 @@ from .attacks import PGD, ThreatModel, close_bar, correct, progress_bar, standin
 from .data import Dataset, Loader, Stream, hold_out, one_of, own_randomness, pick_device, read_json, replacing
 from .data import seed_globally, seed_of
 from .losses import AdvDPNPLoss, Supervised
-from .parallel import as_the_first_says, generator_of_my_rows, mean_over_processes, my_rows, share, share_batch_norms, wait_for_all
+from .parallel import as_the_first_says, generator_of_my_rows, mean_over_processes, my_rows, share
+from .parallel import share_batch_norms, wait_for_all
 
 # %% ../nbs/50_training.ipynb #c011
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Adversarial(Supervised):
 class AdvDPNP(Adversarial, AdvDPNPLoss):
     "Adv-DPNP: prototypes learn from clean images, the backbone from clean and adversarial ones."
 
-    shared_batch: bool = False  # one pass for both branches: adversarial images then reach the prototypes through batch-norm
+    shared_batch: bool = False  # one pass for both branches: adversarial images reach the prototypes by batch-norm
 
     def loss(self, net, x, x_adv, y):
         "The loss of a batch, and its terms."
@@ -85,7 +86,8 @@ def perturbed(
     gamma: float,  # length of the step, relative to the norm of each weight
 ):
     "Inside, the weights are a step up the loss (AWP; Wu et al., NeurIPS 2020); outside, they have not moved."
-    weights, buffers = [p for p in net.parameters() if p.ndim > 1 and p.requires_grad], [b.clone() for b in net.buffers()]
+    weights = [p for p in net.parameters() if p.ndim > 1 and p.requires_grad]
+    buffers = [b.clone() for b in net.buffers()]
     gradients = mean_over_processes(torch.autograd.grad(loss(), weights, materialize_grads=True))
     before = [w.detach().clone() for w in weights]
     with torch.no_grad():
@@ -113,7 +115,8 @@ def save_checkpoint(
             part.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
     with replacing(folder / "metrics.jsonl") as part:
         part.write_text("".join(json.dumps(line) + "\n" for line in history))
-    with replacing(folder / "state.pt") as part:  # last: killed before this, the epoch is run again and all four are rewritten
+    # last: killed before this, the epoch is run again and all four are rewritten
+    with replacing(folder / "state.pt") as part:
         torch.save(state, part)
 
 
@@ -140,7 +143,8 @@ def differing(
 ) -> str:  # empty if they say the same
     "In what two configurations differ."
     there, here = (pd.json_normalize(json.loads(json.dumps(config))).iloc[0].to_dict() for config in (there, here))
-    return "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in {**there, **here} if there.get(key) != here.get(key))
+    return "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in {**there, **here}
+                     if there.get(key) != here.get(key))
 
 
 def check_folder(
@@ -169,7 +173,11 @@ def check_finite(
     tensors=(),  # weights, before they are saved
 ):
     "Raise a FloatingPointError if the loss, or a tensor, is NaN or infinite."
-    what = "loss" if terms and not torch.isfinite(terms["loss"]) else "network" if not all(t.isfinite().all() for t in tensors) else None
+    what = None
+    if terms and not torch.isfinite(terms["loss"]):
+        what = "loss"
+    elif not all(t.isfinite().all() for t in tensors):
+        what = "network"
     if what:
         values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
         raise FloatingPointError(f"the {what} is not finite at {where}: {values}. A lower learning rate may help")
@@ -207,10 +215,16 @@ class Update:
         one_of(precision, ["float32", "bf16"], "precision")
         if not (0 <= awp < 1 and 0 <= ema < 1):
             raise ValueError(f"awp is {awp} and ema is {ema}: expected 0, for none, to less than 1")
-        self.device, self.method, self.awp, self.seed, self.precision = pick_device(device), method, awp, seed, precision
+        self.device = pick_device(device)
+        self.method = method
+        self.awp = awp
+        self.seed = seed
+        self.precision = precision
         self.net = share_batch_norms(net.to(self.device, memory_format=torch.channels_last))
-        self.optimizer = torch.optim.SGD(net.parameters(), momentum=momentum, weight_decay=weight_decay, fused=self.device.type == "cuda")
-        self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        self.optimizer = torch.optim.SGD(net.parameters(), momentum=momentum, weight_decay=weight_decay,
+                                         fused=self.device.type == "cuda")
+        averaging = dict(multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+        self.average = AveragedModel(self.net, **averaging) if ema else None
         if compile:
             self.net.backbone.compile()
         self.alone = Branches(self.net, method)
@@ -226,7 +240,8 @@ class Update:
     ) -> dict:  # "loss" and its terms, means over the processes: scalars on the device
         "Change the network by one batch. PyTorch's global generators are seeded for it, and left so."
         key = (self.seed, epoch, batch, 1)
-        seed_globally(self.device, seed_of(*key, share()[0], 4))  # what the network itself draws, such as dropout: other masks for other rows
+        # what the network itself draws, such as dropout: other masks for other rows
+        seed_globally(self.device, seed_of(*key, share()[0], 4))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.net.train()
@@ -245,7 +260,8 @@ class Update:
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.net)
-        return dict(zip(["loss", *terms], mean_over_processes([loss.detach(), *(term.detach() for term in terms.values())])))
+        found = [loss.detach(), *(term.detach() for term in terms.values())]
+        return dict(zip(["loss", *terms], mean_over_processes(found)))
 
     @property
     def judged(self):
@@ -254,7 +270,8 @@ class Update:
 
     def state(self) -> dict:
         "What it takes to go on: the tensors themselves, not copies."
-        return {"weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict() if self.average else None}
+        return {"weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict() if self.average else None}
 
     def restore(
         self,
@@ -269,7 +286,8 @@ class Update:
 # %% ../nbs/50_training.ipynb #c033
 def _named(settings):
     "The class of a method or an attack, and its settings."
-    return {"class": type(settings).__name__, **(dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else {})}
+    return {"class": type(settings).__name__,
+            **(dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else {})}
 
 
 class Trainer:
@@ -283,14 +301,14 @@ class Trainer:
         method,  # as for `Update`; the best epoch is the most robust one, or if it has no `eps` the most accurate one
         dataset: Dataset,  # its test images are never used; with a stream, they are what is held out
         *,
-        stream=None,  # batches to train on, instead of `batch_size` of the data set's training images at a time; see `Stream`
+        stream=None,  # batches to train on instead of the data set's training images; see `Stream`
         epochs: int = 30,
         batch_size: int = 128,
         lr: float = 0.1,  # peak learning rate of SGD
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         awp: float = 0.0,  # gamma of adversarial weight perturbation; 0: none
-        ema: float = 0.0,  # decay of the averaged weights that are judged and kept, such as 0.995; 0: the weights themselves
+        ema: float = 0.0,  # decay of the averaged weights that are judged and kept, such as 0.995; 0: none
         schedule: str = "one-cycle",  # or "drops"
         padding: int | None = None,  # of the random crop; None: an eighth of the image's side
         val_size: int | None = None,  # held-out images; None: a tenth of the training images, at most 1,000
@@ -307,18 +325,22 @@ class Trainer:
     ):
         one_of(schedule, SCHEDULES, "schedule")
         if not (epochs >= 1 and batch_size >= 1 and lr > 0):
-            raise ValueError(f"epochs is {epochs}, batch_size {batch_size} and lr {lr}: expected at least one epoch, one image, and a rate above 0")
+            raise ValueError(f"epochs is {epochs}, batch_size {batch_size} and lr {lr}: expected at least one epoch, "
+                             f"one image, and a rate above 0")
         if stream is not None and not padding is val_size is None:
-            raise ValueError(f"padding is {padding} and val_size {val_size}: a stream's images are taken as they come, and the data set's test images are held out")
+            raise ValueError(f"padding is {padding} and val_size {val_size}: a stream's images are taken as they come, "
+                             f"and the data set's test images are held out")
         classes = getattr(net.head, "num_classes", getattr(net.head, "out_features", dataset.num_classes))
         if classes != dataset.num_classes:
             raise ValueError(f"the network has {classes} classes, {dataset.name} has {dataset.num_classes}")
-        self.update = Update(net, method, momentum=momentum, weight_decay=weight_decay, awp=awp, ema=ema, precision=precision, compile=compile, seed=seed, device=device)
+        self.update = Update(net, method, momentum=momentum, weight_decay=weight_decay, awp=awp, ema=ema,
+                             precision=precision, compile=compile, seed=seed, device=device)
         self.net, self.device = self.update.net, self.update.device
         held = hold_out(dataset, val_size) if stream is None else dataset
         padding = held.x_train.shape[1] // 8 if padding is None else padding
         self.loader = Stream(stream, self.device, seed) if stream is not None else Loader(
-            held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip, seed=seed, device=self.device, rows=my_rows(min(batch_size, len(held.x_train))))
+            held.x_train, held.y_train, batch_size, train=True, padding=padding, flip=held.flip, seed=seed,
+            device=self.device, rows=my_rows(min(batch_size, len(held.x_train))))
         self.val_loader = Loader(held.x_test, held.y_test, 256, device=self.device)
         self.val_attack = val_attack or PGD(getattr(method, "eps", 8 / 255), steps=10)
         self.epochs, self.lr, self.schedule, self.seed = epochs, lr, schedule, seed
@@ -331,9 +353,11 @@ class Trainer:
             "net": {"class": type(net).__name__, "backbone": type(net.backbone).__name__, "head": repr(net.head),
                     "parameters": sum(p.numel() for p in net.parameters())},
             "data_sha256": held.sha256, "val_images": len(held.x_test), "val_attack": _named(self.val_attack),
-            "epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "awp": awp, "ema": ema, "schedule": schedule,
+            "epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "awp": awp, "ema": ema,
+            "schedule": schedule,
             "precision": precision, "seed": seed,
-        } | ({"batch_size": batch_size, "padding": padding, "flip": held.flip} if stream is None else {"stream": len(stream)}) | (config or {})
+        } | ({"batch_size": batch_size, "padding": padding, "flip": held.flip} if stream is None
+             else {"stream": len(stream)}) | (config or {})
         self.folder = None if folder is None else Path(folder)
         if self.folder:
             first = share()[0] == 0
@@ -362,7 +386,11 @@ class Trainer:
         self,
         time_limit: float | None = None,  # seconds, checked before every batch and every validation; None: until done
     ) -> bool:  # whether training is complete
-        "Train from where we are to the last epoch, or to the time limit. In the end `net` has the last epoch's weights, averaged if averages are kept, and is in evaluation mode; `weights('best')` has the best one's."
+        """Train from where we are to the last epoch, or to the time limit.
+
+        In the end `net` has the last epoch's weights, averaged if averages are kept, and is in evaluation mode;
+        `weights('best')` has the best one's.
+        """
         deadline = time.monotonic() + time_limit if time_limit is not None else float("inf")
         with own_randomness(self.device, self.seed):
             while self.epoch < self.epochs:
@@ -380,7 +408,8 @@ class Trainer:
                     break
                 self.step(x, y)
                 bar.update()
-                if self.device.type == "cpu":  # a GPU would have to wait for a number to be read: it is looked at once an epoch
+                # a GPU would have to wait for a number to be read: it is looked at once an epoch
+                if self.device.type == "cpu":
                     check_finite(self._latest, f"epoch {self.epoch + 1}, batch {self.batch}")
                     bar.set_postfix_str(self._terms(), refresh=False)
                 if time.monotonic() - self._saved > self.save_every:
@@ -391,7 +420,8 @@ class Trainer:
                 return False
             self._end_epoch()
             line, left = self.history[-1], int(self.seconds / self.epoch * (self.epochs - self.epoch))
-            close_bar(bar, f" {self._terms(line)} | val clean {line['clean']:.1f} robust {line['robust']:.1f} | {left // 60}:{left % 60:02d} left")
+            held = f"val clean {line['clean']:.1f} robust {line['robust']:.1f}"
+            close_bar(bar, f" {self._terms(line)} | {held} | {left // 60}:{left % 60:02d} left")
         return True
 
     def _late(self, deadline):
@@ -438,12 +468,14 @@ class Trainer:
 
     def _save(self, weights):
         if self.folder and share()[0] == 0:
-            where = {name: getattr(self, name) for name in self._KEPT} | {"sums": {name: float(value) for name, value in self.sums.items()}}
+            where = {name: getattr(self, name) for name in self._KEPT}
+            where["sums"] = {name: float(value) for name, value in self.sums.items()}
             save_checkpoint(self.folder, where | self.update.state(), weights, self.history)
 
     def _terms(self, means=None):
         means = means or {name: float(value) / self.batch for name, value in self.sums.items()}
-        return " ".join(f"{name} {value:.3f}" for name, value in means.items() if name not in ("epoch", "clean", "robust", "seconds"))
+        return " ".join(f"{name} {value:.3f}" for name, value in means.items()
+                        if name not in ("epoch", "clean", "robust", "seconds"))
 
     def weights(
         self,

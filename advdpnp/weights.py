@@ -43,7 +43,8 @@ def remeasured(
     "What a published network must give on the first `IMAGES` test images, clean and under PGD-20."
     images = Loader(dataset.x_test[:IMAGES], dataset.y_test[:IMAGES], 500, device=next(net.parameters()).device)
     clean = correct(net, images)
-    return dict(clean=clean, pgd20=standing_after(net, images, PGD(config["eps"], config["eval_step_size"]), clean, quiet=True))
+    attack = PGD(config["eps"], config["eval_step_size"])
+    return dict(clean=clean, pgd20=standing_after(net, images, attack, clean, quiet=True))
 
 
 def card(
@@ -57,10 +58,18 @@ def card(
     best, side = record["best"], config["side"]
     metrics = {metric: best["metrics"][metric] for metric in LABELS if metric in best["metrics"]}
     cell = lambda m: f"{m['accuracy']:.1f} {interval(m)}"
-    lines = [["", *(LABELS[metric] for metric in metrics)], ["the run", *(cell(m) for m in metrics.values())], ["images", *(str(m["n"]) for m in metrics.values())],
-             [f"as published, {rounded['clean']['n']} images", *(cell(rounded[metric]) if metric in ("clean", "pgd20") else "–" for metric in metrics)]]
-    size = (f", a stratified {config['train_images']:,} of its training images" if config["train_images"] else "") + (f", averaged to {side}×{side} pixels" if side else "")
+    again = [cell(rounded[metric]) if metric in ("clean", "pgd20") else "–" for metric in metrics]
+    lines = [
+        ["", *(LABELS[metric] for metric in metrics)],
+        ["the run", *(cell(m) for m in metrics.values())],
+        ["images", *(str(m["n"]) for m in metrics.values())],
+        [f"as published, {rounded['clean']['n']} images", *again],
+    ]
+    size = f", a stratified {config['train_images']:,} of its training images" if config["train_images"] else ""
+    size += f", averaged to {side}×{side} pixels" if side else ""
     changes = "".join(f", {key} {config[key]}" for key in config["changes"])
+    wrong = {metric: 100 - metrics[metric]["accuracy"] for metric in ("clean", "worst")}
+    machine = record["trained_with"]
     return f"""---
 license: apache-2.0
 library_name: advdpnp
@@ -70,7 +79,9 @@ datasets: [{config["dataset"]}]
 ---
 # {name}
 
-`{config["arch"]}` trained with {config["method"]} on {config["dataset"]}{size}, seed {config["seed"]}, preset `{config["preset"]}`{changes}: {config["epochs"]} epochs, best of them (epoch {best["epoch"]}) by {chosen_by(config)}. Images go in as floats in [0, 1]; normalisation is inside.
+`{config["arch"]}` trained with {config["method"]} on {config["dataset"]}{size}, seed {config["seed"]}, \
+preset `{config["preset"]}`{changes}: {config["epochs"]} epochs, best of them (epoch {best["epoch"]}) \
+by {chosen_by(config)}. Images go in as floats in [0, 1]; normalisation is inside.
 
 ```python
 from advdpnp.weights import load_weights
@@ -81,13 +92,16 @@ Accuracy in per cent with 95% intervals over test images, linf, ε = {config["ep
 
 {markdown(lines)}
 
-The last line is of these weights, rounded to half precision, on the first {rounded["clean"]["n"]} test images; rounding moved no accuracy by more than half a point, the rest of the difference is the choice of images. Sanity checks that failed: {", ".join(failed(best["checks"])) or "none"}.
+The last line is of these weights, rounded to half precision, on the first {rounded["clean"]["n"]} test images; \
+rounding moved no accuracy by more than half a point, the rest of the difference is the choice of images. \
+Sanity checks that failed: {", ".join(failed(best["checks"])) or "none"}.
 
-Not for: anything that people depend on. The network shows a method; {100 - metrics["worst"]["accuracy"]:.0f}% of images are misclassified under attack, {100 - metrics["clean"]["accuracy"]:.0f}% without one, and budgets and changes of other kinds were not tried.
+Not for: anything that people depend on. The network shows a method; {wrong["worst"]:.0f}% of images are \
+misclassified under attack, {wrong["clean"]:.0f}% without one, and budgets and changes of other kinds were not tried.
 
 - sha256 of `best.safetensors`: `{sha256}`
 - sha256 of the data: `{record["data_sha256"]}`
-- made with: {record["trained_with"]["device"]}, torch {record["trained_with"]["versions"]["torch"]}, commit {record["trained_with"]["commit"]}
+- made with: {machine["device"]}, torch {machine["versions"]["torch"]}, commit {machine["commit"]}
 """
 
 
@@ -96,7 +110,10 @@ def publish(
     config: dict,  # of a finished run
     name: str | None = None,  # None: method, data set and preset
 ) -> Path:  # the folder: best.safetensors, config.json, README.md
-    "Put a run's best epoch into `<data_dir>/weights`, in half precision, with its card; a ValueError if rounding moves its accuracy by more than half a point."
+    """Put a run's best epoch into `<data_dir>/weights`, in half precision, with its card.
+
+    A ValueError if rounding moves its accuracy by more than half a point.
+    """
     record = ledger.result(config)
     if record is None:
         raise ValueError(f"{ledger.folder(config)} is not a finished run: train and measure it first")
@@ -105,21 +122,27 @@ def publish(
     if (folder / "config.json").exists() and read_json(folder / "config.json")["run"] != config:
         raise ValueError(f"{folder} holds another run: choose another name, or delete it")
     if record["best"]["sha256"] != ledger.sha256(config):
-        raise ValueError(f"the record of {ledger.folder(config)} is of other weights, measured elsewhere: measure these first")
-    weights = {key: value.half() if value.is_floating_point() else value for key, value in load_file(ledger.folder(config) / "best.safetensors").items()}
+        raise ValueError(
+            f"the record of {ledger.folder(config)} is of other weights, measured elsewhere: measure these first"
+        )
+    weights = {key: value.half() if value.is_floating_point() else value
+               for key, value in load_file(ledger.folder(config) / "best.safetensors").items()}
     before = remeasured(net, data, config)
     net.load_state_dict(weights)  # casts back
     after = remeasured(net, data, config)
     rounded, exact = ({metric: accuracy(right) for metric, right in found.items()} for found in (after, before))
     moved = {metric: round(rounded[metric]["accuracy"] - exact[metric]["accuracy"], 2) for metric in rounded}
     if max(map(abs, moved.values())) > 0.5:
-        raise ValueError(f"half precision moves the accuracy of {ledger.folder(config)} by {moved} points: expected at most 0.5")
+        raise ValueError(
+            f"half precision moves the accuracy of {ledger.folder(config)} by {moved} points: expected at most 0.5"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "best.safetensors") as part:
         part.write_bytes(save(weights))
     sha256 = sha256_of(folder / "best.safetensors")
     with replacing(folder / "config.json") as part:
-        part.write_text(json.dumps(dict(run=config, sha256={"best.safetensors": sha256}, measured=rounded, **provenance(ledger.device)), indent=1))
+        about = dict(run=config, sha256={"best.safetensors": sha256}, measured=rounded)
+        part.write_text(json.dumps(about | provenance(ledger.device), indent=1))
     with replacing(folder / "README.md") as part:
         part.write_text(card(name, config, record, rounded, sha256))
     return folder

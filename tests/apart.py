@@ -1,7 +1,10 @@
-"""A device apart, for machines without a GPU: its tensors are not the CPU's, mixing the two is an error as it is on a GPU, and numbers read from it are counted.
+"""A device apart, for machines without a GPU.
 
-It computes with the CPU, so that what it gives must be what the CPU gives. It goes by the name of a device that every build of
-PyTorch has, "meta"; the tensors of that device have no values, these have."""
+Its tensors are not the CPU's, mixing the two is an error as it is on a GPU, and numbers read from it are counted.
+
+It computes with the CPU, so that what it gives must be what the CPU gives. It goes by the name of a device that every
+build of PyTorch has, "meta"; the tensors of that device have no values, these have.
+"""
 
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
@@ -13,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 APART = torch.device("meta")
 BOTH = {torch.ops.aten.copy_, torch.ops.aten._to_copy}  # may see both devices
-INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}  # indices may be the CPU's
+# indices may be the CPU's
+INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
 
 _tensor, _save, _load, _Generator = torch.tensor, torch.save, torch.load, torch.Generator
 
@@ -52,14 +56,19 @@ class Device(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         apart = [tensor for tensor in tensors if isinstance(tensor, Apart)]
         target, first = kwargs.get("device"), isinstance(args[0], Apart) if args else False
-        onto = first if operation in BOTH | INDEXING and target is None else bool(apart) if target is None else torch.device(target) == APART
+        onto = torch.device(target) == APART if target is not None else bool(apart)
+        if operation in BOTH | INDEXING and target is None:
+            onto = first
         allowed = operation in BOTH or operation in INDEXING and first
         if apart and not allowed and any(tensor.ndim for tensor in tensors if not isinstance(tensor, Apart)):
-            raise RuntimeError(f"{function} was given tensors of two devices: {[(type(t).__name__, tuple(t.shape)) for t in tensors]}")
+            raise RuntimeError(
+                f"{function} was given tensors of two devices: {[(type(t).__name__, tuple(t.shape)) for t in tensors]}"
+            )
         generator = kwargs.get("generator")
         if generator is not None and (generator.initial_seed() in Device.seeds) != onto:
             raise RuntimeError(f"{function} was given a generator of another device")
-        leaves = operation in BOTH and bool(apart) and not onto or operation is torch.ops.aten._local_scalar_dense and bool(apart)
+        read = operation in BOTH and not onto or operation is torch.ops.aten._local_scalar_dense
+        leaves = bool(apart) and read
         Device.reads += leaves
         if target is not None:
             kwargs["device"] = torch.device("cpu")
@@ -96,11 +105,17 @@ def device_apart():
 
     def load(file, map_location=None, **how):
         state = _load(file, map_location="cpu" if there(map_location) else map_location, **how)
-        return tree_map(lambda leaf: leaf.to(APART) if isinstance(leaf, torch.Tensor) else leaf, state) if there(map_location) else state
+        move = lambda leaf: leaf.to(APART) if isinstance(leaf, torch.Tensor) else leaf
+        return tree_map(move, state) if there(map_location) else state
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(advdpnp.data, "DEVICES", ("cpu", "meta")))
-        for name, what in dict(tensor=tensor, save=save, load=load, autocast=lambda *args, **how: nullcontext(),
-                               Generator=lambda device="cpu": ApartGenerator() if there(device) else _Generator(device)).items():
+        for name, what in dict(
+            tensor=tensor,
+            save=save,
+            load=load,
+            autocast=lambda *args, **how: nullcontext(),
+            Generator=lambda device="cpu": ApartGenerator() if there(device) else _Generator(device),
+        ).items():
             stack.enter_context(mock.patch.object(torch, name, what))
         yield stack.enter_context(Device())

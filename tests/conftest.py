@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: threads would cost more than they give, most of all on a busy machine
+# small networks: threads would cost more than they give, most of all on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

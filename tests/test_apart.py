@@ -1,4 +1,4 @@
-"""All that a run does, on a device apart: what mixes devices fails here as it would on a GPU, and results are the CPU's."""
+"All that a run does, on a device apart: what mixes devices fails as it would on a GPU, and results are the CPU's."
 
 from dataclasses import replace
 
@@ -19,13 +19,15 @@ from advdpnp.training import Trainer
 
 def without_times(found):
     if isinstance(found, dict):
-        return {key: without_times(value) for key, value in found.items() if key not in ("seconds", "device", "training_seconds", "trained_with")}
+        return {key: without_times(value) for key, value in found.items()
+                if key not in ("seconds", "device", "training_seconds", "trained_with")}
     return [without_times(value) for value in found] if isinstance(found, list) else found
 
 
 @pytest.fixture
 def few(digits):
-    return replace(digits, x_train=digits.x_train[:128], y_train=digits.y_train[:128], x_test=digits.x_test[:40], y_test=digits.y_test[:40])
+    return replace(digits, x_train=digits.x_train[:128], y_train=digits.y_train[:128], x_test=digits.x_test[:40],
+                   y_test=digits.y_test[:40])
 
 
 def test_the_device_is_apart():
@@ -40,7 +42,10 @@ def test_the_device_is_apart():
         with pytest.raises((TypeError, RuntimeError)):
             x.numpy()
         reads = Device.reads
-        assert isinstance(x + 1, Apart) and not isinstance(x.cpu(), Apart) and (x + 1).sum().item() == 2 and Device.reads == reads + 2
+        assert isinstance(x + 1, Apart)
+        assert not isinstance(x.cpu(), Apart)
+        assert (x + 1).sum().item() == 2
+        assert Device.reads == reads + 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -49,7 +54,8 @@ def test_training_stays_on_its_device_and_reads_nothing_inside_an_epoch(few, met
         torch.manual_seed(0)
         net = make_net(method, "cifar_resnet8", 10, few.mean, few.std)
         settings = dict(eps=0.1, steps=2) if "eps" in METHODS[method].__dataclass_fields__ else {}
-        trainer = Trainer(net, METHODS[method](**settings), few, epochs=1, batch_size=32, val_size=20, awp=0.01, ema=0.9, device=device, quiet=True)
+        trainer = Trainer(net, METHODS[method](**settings), few, epochs=1, batch_size=32, val_size=20, awp=0.01,
+                          ema=0.9, device=device, quiet=True)
         step, reads = trainer.step, []
 
         def counted(x, y):
@@ -74,9 +80,11 @@ def test_evaluation_stays_on_its_device(few, norm, tmp_path):
     def measured(device):
         torch.manual_seed(0)
         net, twin = (make_net("Adv-DPNP", "cifar_resnet8", 10, few.mean, few.std).to(device) for _ in range(2))
-        attacks = [FGSM(eps, norm=norm), PrototypePGD(eps, norm=norm, steps=3), AutoAttack(eps, norm, steps=5, targets=2, queries=30)]
+        attacks = [FGSM(eps, norm=norm), PrototypePGD(eps, norm=norm, steps=3),
+                   AutoAttack(eps, norm, steps=5, targets=2, queries=30)]
         return without_times(dict(evaluated=evaluate(net, few, attacks, check_images=10, twin=twin, quiet=True),
-                                  geometry=geometry(net, Loader(few.x_test, few.y_test, 10, device=device), PGD(eps, norm=norm, steps=2)),
+                                  geometry=geometry(net, Loader(few.x_test, few.y_test, 10, device=device),
+                                                    PGD(eps, norm=norm, steps=2)),
                                   corruptions=corruption_accuracy(net, images, quiet=True)))
 
     images = corrupted_images(few, tmp_path, quiet=True)
@@ -86,10 +94,12 @@ def test_evaluation_stays_on_its_device(few, norm, tmp_path):
 
 
 def test_a_run_goes_on_on_its_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "_late", lambda self, deadline: deadline < float("inf") and (self.epoch, self.batch) == (1, 1))
+    monkeypatch.setattr(Trainer, "_late", lambda self, deadline: deadline < float("inf") and (self.epoch,
+                                                                                              self.batch) == (1, 1))
 
     def run(device):
-        config = make_config("Adv-DPNP", "quick", 0, device=device, epochs=2, steps=1, train_images=200, val_size=20, test_images=10, autoattack_images=1, check_images=1)
+        config = make_config("Adv-DPNP", "quick", 0, device=device, epochs=2, steps=1, train_images=200, val_size=20,
+                             test_images=10, autoattack_images=1, check_images=1)
         assert not Ledger(tmp_path / device, device, quiet=True).train(config, time_limit=60)
         assert Ledger(tmp_path / device, device, quiet=True).train(config)
         return without_times(Ledger(tmp_path / device, device, quiet=True).measure(config, kind="tradeoff"))

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from advdpnp.attacks import CW, DLR, FGSM, PGD, PrototypePGD, ThreatModel, correct, margin, prototype_distances, standing_after
+from advdpnp.attacks import CW, DLR, FGSM, PGD, PrototypePGD, ThreatModel, correct, margin, prototype_distances
+from advdpnp.attacks import standing_after
 from advdpnp.autoattack import APGD, FABT, AutoAttack, Square
 from advdpnp.data import Loader, seeded
 
@@ -20,7 +21,8 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (3, 5, 7)])
-@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1), PGD(0.1, step_size=0.01, steps=30, random_start=False), CW(0.1), DLR(0.1)])
+@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1), PGD(0.1, step_size=0.01, steps=30, random_start=False),
+                                    CW(0.1), DLR(0.1)])
 def test_reaches_the_optimum_of_a_linear_model(shape, attack):
     torch.manual_seed(0)
     model, x, y = Linear(torch.Size(shape)), torch.rand(20, *shape), torch.randint(2, (20,))
@@ -60,8 +62,10 @@ class Careless(nn.Module):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [1, 2, 9])
-@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1, steps=3), CW(0.1, steps=3), DLR(0.1, steps=3, restarts=2), PGD(0.5, steps=3, norm="l2"),
-                                    AutoAttack(0.1, steps=3, queries=5), AutoAttack(0.5, "l2", steps=3, queries=5)], ids=repr)
+@pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1, steps=3), CW(0.1, steps=3),
+                                    DLR(0.1, steps=3, restarts=2), PGD(0.5, steps=3, norm="l2"),
+                                    AutoAttack(0.1, steps=3, queries=5),
+                                    AutoAttack(0.5, "l2", steps=3, queries=5)], ids=repr)
 def test_leaves_no_trace(channels, size, attack):
     torch.manual_seed(0)
     model = Careless(channels).train()
@@ -119,12 +123,14 @@ def test_gradients_of_the_caller_do_not_matter(net, batch):
 @pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1), APGD(0.1), FABT(0.1)], ids=lambda attack: attack.name)
 def test_where_there_are_no_gradients_no_attack_pretends(net, batch, attack):
     x, y = batch
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="attacks need gradients, and torch.inference_mode forbids them"):
+    with torch.inference_mode(), pytest.raises(RuntimeError,
+                                               match="attacks need gradients, and torch.inference_mode forbids them"):
         attack(net, x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("attack", [PGD(0.1, steps=2), PGD(1.0, steps=2, norm="l2"), APGD(1.0, steps=3, norm="l2"), Square(0.1, queries=5), Square(1.0, queries=5, norm="l2")])
+@pytest.mark.parametrize("attack", [PGD(0.1, steps=2), PGD(1.0, steps=2, norm="l2"), APGD(1.0, steps=3, norm="l2"),
+                                    Square(0.1, queries=5), Square(1.0, queries=5, norm="l2")])
 def test_images_keep_their_precision(batch, attack, dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to(dtype)

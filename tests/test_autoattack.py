@@ -15,7 +15,8 @@ from timm.models.convmixer import ConvMixer
 from torch import nn
 
 from advdpnp.attacks import PGD, ThreatModel, correct, cross_entropy, standing_after, untouched
-from advdpnp.autoattack import APGD, APGDT, FABT, AutoAttack, Rows, Square, apgd, draw_square, first_squares, onto_hyperplane, push_square, square_side, targeted_dlr
+from advdpnp.autoattack import APGD, APGDT, FABT, AutoAttack, Rows, Square, apgd, draw_square, first_squares
+from advdpnp.autoattack import onto_hyperplane, push_square, square_side, targeted_dlr
 from advdpnp.baselines import PGDAT, LinearNet, Standard
 from advdpnp.data import Loader, seeded
 from advdpnp.prototypes import PrototypeNet
@@ -34,7 +35,8 @@ def models(digits):
             "Adv-DPNP": (PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std), AdvDPNP(EPS, 4)),
             "ConvMixer": (LinearNet(mixer, 10, digits.mean, digits.std), PGDAT(EPS, 4))}
     for net, method in nets.values():
-        Trainer(net, method, digits, epochs=10, batch_size=64, lr=0.1, padding=0, val_size=200, val_attack=PGD(EPS, steps=2), device="cpu", quiet=True).fit()
+        Trainer(net, method, digits, epochs=10, batch_size=64, lr=0.1, padding=0, val_size=200,
+                val_attack=PGD(EPS, steps=2), device="cpu", quiet=True).fit()
     return {name: net.eval() for name, (net, _) in nets.items()}
 
 
@@ -53,7 +55,8 @@ REFERENCES = {  # at a third of the standard length, to be quick
     "apgd-ce": (APGD(EPS, steps=30), lambda net: APGDAttack(net, n_iter=30, eps=EPS, loss="ce", seed=0)),
     "apgd-t": (APGDT(EPS, steps=30), lambda net: APGDAttack_targeted(net, n_iter=30, eps=EPS, seed=0)),
     "fab-t": (FABT(EPS, steps=30), lambda net: FABAttack_PT(net, n_iter=30, eps=EPS, targeted=True, seed=0)),
-    "square": (Square(EPS, queries=1000), lambda net: SquareAttack(net, n_queries=1000, eps=EPS, seed=0, resc_schedule=False)),
+    "square": (Square(EPS, queries=1000), lambda net: SquareAttack(net, n_queries=1000, eps=EPS, seed=0,
+                                                                   resc_schedule=False)),
 }
 
 
@@ -65,7 +68,8 @@ def test_each_attack_against_the_official_one(models, loader, name, attack):
     right = correct(net, loader)
     mine = standing_after(net, loader, ours, right, quiet=True)
     theirs = stands(net, official(net).perturb(x.clone(), y.clone()), y)
-    gap, allowed = mine.sum().item() - theirs.sum().item(), 1 if attack == "fab-t" else 4  # images: random starts decide a few of 60
+    # images: random starts decide a few of 60
+    gap, allowed = mine.sum().item() - theirs.sum().item(), 1 if attack == "fab-t" else 4
     assert abs(gap) <= allowed, f"{mine.sum()} against {theirs.sum()}"
     assert (mine != theirs).sum() <= 8  # and they are the same images
 
@@ -73,7 +77,8 @@ def test_each_attack_against_the_official_one(models, loader, name, attack):
 @pytest.mark.parametrize("name", ["PGD-AT", "ConvMixer"])
 @pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 0.5)])
 @pytest.mark.parametrize("targeted", [False, True])
-def test_apgd_from_the_same_start_ends_where_the_official_one_does(models, loader, monkeypatch, name, norm, eps, targeted):
+def test_apgd_from_the_same_start_ends_where_the_official_one_does(models, loader, monkeypatch, name,
+                                                                   norm, eps, targeted):
     "Step sizes, momentum, checkpoints and returns to the best point: a change to any of them ends elsewhere."
     net = copy.deepcopy(models[name]).double()  # otherwise rounding turns some signs
     x, y = loader.take(correct(models[name], loader).nonzero()[:, 0])
@@ -81,7 +86,11 @@ def test_apgd_from_the_same_start_ends_where_the_official_one_does(models, loade
     threat = ThreatModel(eps, norm)
     start = threat.random_start(x, seeded("cpu", 1))
     monkeypatch.setattr(ThreatModel, "random_start", lambda *_: start)
-    loss = (lambda logits, r: targeted_dlr(logits, r.y, r.target)) if targeted else (lambda logits, r: cross_entropy(logits, r.y))
+    loss = (
+        (lambda logits, r: targeted_dlr(logits, r.y, r.target))
+        if targeted
+        else (lambda logits, r: cross_entropy(logits, r.y))
+    )
     with untouched(net, seeded("cpu", 0)):
         mine, left = apgd(net, loss, x, y, threat, 50, seeded("cpu", 0), target=target)
     make = APGDAttack_targeted if targeted else APGDAttack
@@ -91,7 +100,8 @@ def test_apgd_from_the_same_start_ends_where_the_official_one_does(models, loade
     theirs = official.attack_single_run(x, y, x_init=start)[0]
     apart = (mine - theirs)[left].abs().amax((1, 2, 3))
     assert len(left) >= 20
-    same = 0.8 if targeted or norm == "l2" else 0.95  # at its first checkpoint it compares the first loss with 0, and it keeps losses in float32
+    # at its first checkpoint it compares the first loss with 0, and it keeps losses in float32
+    same = 0.8 if targeted or norm == "l2" else 0.95
     assert (apart < 1e-6).double().mean() >= same, apart
 
 
@@ -104,7 +114,8 @@ def test_the_cascade_against_the_official_one(models, digits, name):
         standing = standing_after(net, few, stage, standing, quiet=True)
     x_adv, _ = Official(net, eps=EPS, seed=0).run_standard_evaluation(x, y, batch_size=250)
     assert abs(int(standing.sum()) - int(stands(net, x_adv, y).sum())) <= 1
-    assert torch.equal(standing_after(net, few, AutoAttack(EPS), correct(net, few), quiet=True) | ~standing, torch.ones(20, dtype=torch.bool))
+    assert torch.equal(standing_after(net, few, AutoAttack(EPS), correct(net, few), quiet=True) | ~standing,
+                       torch.ones(20, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,11 +127,13 @@ def test_pgd_against_torchattacks_and_foolbox(models, digits, name):
     same = PGD(EPS, random_start=False)(net, x, y)
     theirs = torchattacks.PGD(net, eps=EPS, alpha=EPS / 4, steps=20, random_start=False)(x, y)
     assert (same - theirs).abs().max() < 1e-6 or abs(robust(same) - robust(theirs)) <= 0.2  # the very same images
-    foolbox_net, attack = foolbox.PyTorchModel(net, bounds=(0, 1)), foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=20)
+    foolbox_net = foolbox.PyTorchModel(net, bounds=(0, 1))
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=20)
     found = {"ours": [], "any iterate": [], "torchattacks": [], "foolbox": []}
     for seed in range(6):  # one random start is worth a point or two
         found["ours"].append(robust(PGD(EPS, seed=seed)(net, x, y)))
-        found["any iterate"].append(100 * standing_after(net, all_, PGD(EPS), right, seed, quiet=True).double().mean().item())
+        found["any iterate"].append(100 * standing_after(net, all_, PGD(EPS), right, seed,
+                                                         quiet=True).double().mean().item())
         torch.manual_seed(seed)
         found["torchattacks"].append(robust(torchattacks.PGD(net, eps=EPS, alpha=EPS / 4, steps=20)(x, y)))
         found["foolbox"].append(robust(attack(foolbox_net, x, y, epsilons=EPS)[1]))
@@ -141,15 +154,21 @@ def test_projection_against_the_official_one(norm, reference):
     assert (length(ours) - length(theirs))[reached].abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("attack", [APGD(1.0, "l2", steps=20), APGDT(1.0, "l2", steps=20), FABT(1.0, "l2", steps=20), Square(1.0, "l2", queries=400)], ids=lambda a: a.name)
+@pytest.mark.parametrize("attack", [APGD(1.0, "l2", steps=20), APGDT(1.0, "l2", steps=20), FABT(1.0, "l2", steps=20),
+                                    Square(1.0, "l2", queries=400)], ids=lambda a: a.name)
 def test_l2(models, loader, attack):
     net = models["PGD-AT"]
     x, y = loader.take(torch.arange(N))
-    references = {"apgd-ce": lambda seed: APGDAttack(net, n_iter=20, norm="L2", eps=1.0, loss="ce", seed=seed), "apgd-t": lambda seed: APGDAttack_targeted(net, n_iter=20, norm="L2", eps=1.0, seed=seed),
-                  "fab-t": lambda seed: FABAttack_PT(net, n_iter=20, norm="L2", eps=1.0, targeted=True, seed=seed), "square": lambda seed: SquareAttack(net, norm="L2", n_queries=400, eps=1.0, seed=seed, resc_schedule=False)}
+    references = {
+        "apgd-ce": lambda seed: APGDAttack(net, n_iter=20, norm="L2", eps=1.0, loss="ce", seed=seed),
+        "apgd-t": lambda seed: APGDAttack_targeted(net, n_iter=20, norm="L2", eps=1.0, seed=seed),
+        "fab-t": lambda seed: FABAttack_PT(net, n_iter=20, norm="L2", eps=1.0, targeted=True, seed=seed),
+        "square": lambda seed: SquareAttack(net, norm="L2", n_queries=400, eps=1.0, seed=seed, resc_schedule=False),
+    }
     right, seeds = correct(net, loader), range(3)  # 60 images: random starts alone move one run by several
     mine = sum(standing_after(net, loader, attack, right, seed, quiet=True).sum().item() for seed in seeds) / len(seeds)
-    theirs = sum(stands(net, references[attack.name](seed).perturb(x.clone(), y.clone()), y).sum().item() for seed in seeds) / len(seeds)
+    theirs = sum(stands(net, references[attack.name](seed).perturb(x.clone(), y.clone()), y).sum().item()
+                 for seed in seeds) / len(seeds)
     assert abs(mine - theirs) <= 3, (mine, theirs)
 
 
@@ -220,7 +239,8 @@ def test_a_model_without_gradients_meets_square(models, loader):
 
     net = Opaque().eval()
     right = correct(net, loader)
-    left = {stage.name: int(standing_after(net, loader, stage, right, quiet=True).sum()) for stage in AutoAttack(EPS, steps=5, queries=500).attacks}
+    left = {stage.name: int(standing_after(net, loader, stage, right, quiet=True).sum())
+            for stage in AutoAttack(EPS, steps=5, queries=500).attacks}
     assert left["fab-t"] == int(right.sum()) and left["square"] < 0.3 * int(right.sum())
 
 

@@ -10,11 +10,12 @@ from advdpnp.data import Dataset
 from advdpnp.prototypes import PrototypeNet
 from advdpnp.training import AdvDPNP, Trainer
 
-NAMES = {"cifar_resnet8": 64, "cifar_resnet18": 512, "cifar_preactresnet18": 512, "cifar_wrn28_10": 640, "cifar_wrn34_10": 640}
+NAMES = {"cifar_resnet8": 64, "cifar_resnet18": 512, "cifar_preactresnet18": 512, "cifar_wrn28_10": 640,
+         "cifar_wrn34_10": 640}
 
 
 class Reference(nn.Module):
-    "Pre-activation ResNet as the papers describe it: x + W2 relu(bn(W1 relu(bn(x)))), and a last bn and relu before pooling."
+    "Pre-activation ResNet as in the papers: x + W2 relu(bn(W1 relu(bn(x)))), and a last bn and relu before pooling."
 
     def __init__(self, blocks, widths, stem, classes, in_chans=3):
         super().__init__()
@@ -44,7 +45,8 @@ class Reference(nn.Module):
 
 def theirs(name):
     "The reference's name of a parameter or buffer of ours, without a block's number."
-    for ours, reference in (("norm1", "bn1"), ("norm2", "bn2"), ("downsample.conv", "shortcut"), ("stem.conv", "stem"), ("head.fc", "linear")):
+    for ours, reference in (("norm1", "bn1"), ("norm2", "bn2"), ("downsample.conv", "shortcut"), ("stem.conv", "stem"),
+                            ("head.fc", "linear")):
         name = name.replace(ours, reference)
     return "bn." + name.removeprefix("norm.") if name.startswith("norm.") else name
 
@@ -95,9 +97,15 @@ def test_what_timm_and_we_expect_of_a_backbone(name, channels, side):
         x = torch.rand(2, channels, side, side)
         maps = model.forward_features(x)
         assert model.num_features == NAMES[name] and maps.shape[:2] == (2, NAMES[name])
-        assert model(x).shape == model.forward_head(maps).shape == model.forward_head(maps, pre_logits=True).shape == (2, NAMES[name])
+        assert (
+            model(x).shape
+            == model.forward_head(maps).shape
+            == model.forward_head(maps, pre_logits=True).shape
+            == (2, NAMES[name])
+        )
         model.reset_classifier(7)
-        assert model(x).shape == (2, 7) and model.get_classifier() is model.get_submodule(model.pretrained_cfg["classifier"])
+        assert model(x).shape == (2, 7)
+        assert model.get_classifier() is model.get_submodule(model.pretrained_cfg["classifier"])
         assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]), nn.Conv2d)
         model.reset_classifier(0)
         assert model(x).shape == (2, NAMES[name])
@@ -115,7 +123,8 @@ def test_one_training_step_at_224_pixels(name):
     x, y = rng.integers(0, 256, (4, 224, 224, 3), dtype=np.uint8), np.arange(4) % 2
     net = PrototypeNet(name, 2, mean=(0.5,) * 3, std=(0.5,) * 3)
     before = {key: value.clone() for key, value in net.named_parameters()}
-    trainer = Trainer(net, AdvDPNP(8 / 255, steps=1), Dataset("noise", x, y, x, y), epochs=1, batch_size=2, val_size=2, lr=0.01,
+    trainer = Trainer(net, AdvDPNP(8 / 255, steps=1), Dataset("noise", x, y, x, y), epochs=1, batch_size=2,
+                      val_size=2, lr=0.01,
                       padding=8, val_attack=FGSM(8 / 255), device="cpu", quiet=True)
     assert trainer.fit()
     moved = [key for key, value in net.named_parameters() if not torch.equal(value, before[key])]

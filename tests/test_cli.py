@@ -48,16 +48,19 @@ def advdpnp(here, *words):
 
 
 def test_a_function_s_model_with_a_table_and_a_json(here):
-    done = advdpnp(here, "their_models:linear", "--dataset", "digits", "--eps", "4/255", "--images", 40, "--robustbench", "info.json", "--output", "record.json")
+    done = advdpnp(here, "their_models:linear", "--dataset", "digits", "--eps", "4/255", "--images", 40,
+                   "--robustbench", "info.json", "--output", "record.json")
     assert done.returncode == 0, done.stderr
     for word in ("autoattack", "… after square", "sanity checks failed", "batch-independent", "record.json"):
         assert word in done.stdout
     assert "pgd20" in done.stderr and "100%" in done.stderr  # progress
     record, info = (json.loads((here / name).read_text()) for name in ("record.json", "info.json"))
-    assert record["metrics"]["autoattack"]["n"] == 40 and record["metrics"]["autoattack"]["attack"]["eps"] == pytest.approx(4 / 255)
+    assert record["metrics"]["autoattack"]["n"] == 40
+    assert record["metrics"]["autoattack"]["attack"]["eps"] == pytest.approx(4 / 255)
     assert record["versions"]["torch"] and record["device"].startswith("CPU")
     assert info["eps"] == "4/255" and info["autoattack_acc"] == f"{record['metrics']['autoattack']['accuracy']:.2f}"
-    assert sorted(p.name for p in here.iterdir() if "pycache" not in p.name) == ["info.json", "record.json", "their_models.py"]  # nothing half-written
+    assert sorted(p.name for p in here.iterdir()
+                  if "pycache" not in p.name) == ["info.json", "record.json", "their_models.py"]  # nothing half-written
 
 
 def test_images_from_an_npz_and_from_a_folder(here, digits):
@@ -68,7 +71,8 @@ def test_images_from_an_npz_and_from_a_folder(here, digits):
         PIL.Image.fromarray(digits.x_test[i, :, :, 0]).save(place / f"{i:02}.png")
     found = []
     for i, source in enumerate(["mine.npz", "photos/"]):
-        done = advdpnp(here, "their_models:linear", "--dataset", source, "--eps", "0.05", "--attacks", "fgsm", "--output", f"{i}.json", "--quiet")
+        done = advdpnp(here, "their_models:linear", "--dataset", source, "--eps", "0.05", "--attacks", "fgsm",
+                       "--output", f"{i}.json", "--quiet")
         assert done.returncode == 0, done.stderr
         found.append(json.loads((here / f"{i}.json").read_text())["metrics"])
     assert found[0]["clean"] == found[1]["clean"] and found[0]["clean"]["n"] == 30
@@ -76,7 +80,8 @@ def test_images_from_an_npz_and_from_a_folder(here, digits):
 
 
 def test_interrupted_it_goes_on(here):
-    words = [ADVDPNP, "evaluate", "their_models:slow", "--dataset", "digits", "--eps", "0.1", "--images", "40", "--batch-size", "10", "--attacks", "fgsm,pgd20", "--output", "out.json"]
+    words = [ADVDPNP, "evaluate", "their_models:slow", "--dataset", "digits", "--eps", "0.1", "--images", "40",
+             "--batch-size", "10", "--attacks", "fgsm,pgd20", "--output", "out.json"]
     process = subprocess.Popen(words, cwd=here, stderr=subprocess.PIPE, text=True)
     state = here / ".out.json.unfinished"
     while not (state.exists() and "pgd20" in state.read_text()):
@@ -100,9 +105,11 @@ def test_interrupted_it_goes_on(here):
     (["their_models:linear", "--dataset", "digits", "--attacks", "pgd"], "unknown attack 'pgd': did you mean 'pgd20'"),
     (["their_models:linear", "--dataset", "digits", "--attacks", "prototype"], "unknown attack 'prototype'"),
     (["their_models:linear", "--dataset", "digits", "--norm", "l2"], "--norm l2 needs --eps"),
-    (["their_models:linear", "--dataset", "digits", "--robustbench", "x.json", "--autoattack-images", "5"], "on the images of the clean accuracy"),
+    (["their_models:linear", "--dataset", "digits", "--robustbench", "x.json", "--autoattack-images", "5"],
+     "on the images of the clean accuracy"),
     (["their_models:linear", "--dataset", "digits", "--norm", "l1"], "unknown norm 'l1'"),
-    (["their_models:linear", "--dataset", "digits", "--output", "x.json", "--robustbench", "x.json"], "--output and --robustbench are both x.json"),
+    (["their_models:linear", "--dataset", "digits", "--output", "x.json", "--robustbench", "x.json"],
+     "--output and --robustbench are both x.json"),
     (["their_models:linear", "--dataset", "digits", "--output", "their_models.py"], "is there already"),
     (["their_models:linear", "--dataset", "nothing/"], "is no folder of images"),
 ])

@@ -1,4 +1,4 @@
-"Corruptions against the package imagecorruptions, set to our parameters, on real photographs; files, interruptions and accuracy."
+"Corruptions against the package imagecorruptions at our parameters, on photographs; files, interruptions, accuracy."
 import ast
 import functools
 import hashlib
@@ -15,13 +15,16 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 
 from advdpnp import corruptions
-from advdpnp.corruptions import PUBLISHED, SEVERITIES, STANDARD, clouds, corrupt, corrupted_images, corruption_accuracy, enlarge, smear
+from advdpnp.corruptions import PUBLISHED, SEVERITIES, STANDARD, clouds, corrupt, corrupted_images, corruption_accuracy
+from advdpnp.corruptions import enlarge, smear
 from advdpnp.data import Dataset, averaged, load_dataset
 
 RNG = np.random.default_rng(0)
 FIVE = range(1, 6)
-FIXED = ("brightness", "contrast", "saturate", "gaussian_blur", "defocus_blur", "zoom_blur", "jpeg_compression", "pixelate")
-DRAWN = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "motion_blur", "snow", "fog", "spatter")
+FIXED = ("brightness", "contrast", "saturate", "gaussian_blur", "defocus_blur", "zoom_blur",
+         "jpeg_compression", "pixelate")
+DRAWN = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "motion_blur", "snow",
+         "fog", "spatter")
 
 
 @pytest.fixture(scope="session")
@@ -55,14 +58,16 @@ def oracle():
 def parameters(function):
     "The node that gives a corruption of the oracle its parameters: c = [...][severity - 1]."
     tree = ast.parse(inspect.getsource(function))
-    return tree, next(node for node in ast.walk(tree) if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "c")
+    return tree, next(
+        node for node in ast.walk(tree) if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "c"
+    )
 
 
 @pytest.fixture(scope="session")
 def theirs(oracle):
     "The oracle's corruptions, set to our parameters: theirs(name, image, severity)."
 
-    def trimmed(image, zoom):  # the recipe for CIFAR keeps the middle; the oracle keeps a corner, or nothing back at all
+    def trimmed(image, zoom):  # the recipe for CIFAR keeps the middle; the oracle keeps a corner, or all
         big, h = oracle.clipped_zoom(image, zoom), image.shape[0]
         over = (len(big) - h) // 2
         return big[over : over + h, over : over + h]
@@ -89,7 +94,8 @@ def test_the_oracle_at_our_parameters_is_the_oracle_wherever_they_coincide(photo
     for name in SEVERITIES:
         if name in ("elastic_transform", "frost"):  # other algorithms, and pictures of another size
             continue
-        said = [eval(compile(ast.Expression(c), "", "eval"), scope) for c in parameters(getattr(oracle, name))[1].value.value.elts]
+        said = [eval(compile(ast.Expression(c), "", "eval"), scope)
+                for c in parameters(getattr(oracle, name))[1].value.value.elts]
         for severity, how in enumerate(SEVERITIES[name], 1):
             how = np.arange(1, how, 0.01) if name == "zoom_blur" else how
             for k, c in enumerate(said, 1):
@@ -101,8 +107,10 @@ def test_the_oracle_at_our_parameters_is_the_oracle_wherever_they_coincide(photo
                         untouched = np.uint8(getattr(oracle, name)(PIL.Image.fromarray(x), k, **settings))
                         np.random.seed(3)
                         assert np.array_equal(theirs(name, x, severity, **settings), untouched)
-    assert found == {("gaussian_noise", 3, 1), ("impulse_noise", 3, 1), ("speckle_noise", 5, 2), ("gaussian_blur", 5, 1),
-                     ("zoom_blur", 2, 1), ("zoom_blur", 3, 2), ("brightness", 2, 1), ("brightness", 4, 2), ("brightness", 5, 3),
+    assert found == {("gaussian_noise", 3, 1), ("impulse_noise", 3, 1), ("speckle_noise", 5, 2),
+                     ("gaussian_blur", 5, 1),
+                     ("zoom_blur", 2, 1), ("zoom_blur", 3, 2), ("brightness", 2, 1), ("brightness", 4, 2),
+                     ("brightness", 5, 3),
                      ("contrast", 3, 1), ("contrast", 4, 2), ("saturate", 1, 1), ("saturate", 2, 2)}
 
 
@@ -114,7 +122,8 @@ def test_what_draws_nothing_agrees_pixel_by_pixel(photos, theirs, name, severity
 
 
 @pytest.mark.parametrize("name, severity", [
-    *((name, severity) for name in ("gaussian_noise", "shot_noise", "speckle_noise", "motion_blur", "snow", "fog") for severity in FIVE),
+    *((name, severity) for severity in FIVE
+      for name in ("gaussian_noise", "shot_noise", "speckle_noise", "motion_blur", "snow", "fog")),
     ("spatter", 4), ("spatter", 5)])  # of mud, that is
 def test_the_same_draws_give_the_same_pixels(photos, theirs, name, severity):
     for seed, x in enumerate(photos):
@@ -152,7 +161,9 @@ def test_clouds_are_those_of_the_plasma_fractal(oracle, side, decay):
 def test_every_image_has_its_own_cloud_as_large_as_alone():
     together, rng = clouds(200, 16, 2, np.random.RandomState(0)), np.random.RandomState(1)
     alone = np.concatenate([clouds(1, 16, 2, rng) for _ in range(200)])
-    assert len(np.unique(together, axis=0)) == 200 and (together.min((1, 2, 3)) == 0).all() and (together.max((1, 2, 3)) == 1).all()
+    assert len(np.unique(together, axis=0)) == 200
+    assert (together.min((1, 2, 3)) == 0).all()
+    assert (together.max((1, 2, 3)) == 1).all()
     assert scipy.stats.ks_2samp(together.std((1, 2, 3)), alone.std((1, 2, 3))).pvalue > 0.001
 
 
@@ -200,7 +211,8 @@ def test_the_skew_is_an_affine_map_between_the_same_points(photos, severity):
         after = before + np.random.RandomState(seed).uniform(-32 * skew, 32 * skew, (3, 2))
         m = cv2.getAffineTransform(np.float32(before[:, ::-1]), np.float32(after[:, ::-1]))
         expected = cv2.warpAffine(np.float32(x / 255), m, (32, 32), borderMode=cv2.BORDER_REFLECT_101)
-        assert np.abs(found - expected).max() < 0.03 and np.abs(found - expected).mean() < 0.003  # its weights have five bits
+        # its weights have five bits
+        assert np.abs(found - expected).max() < 0.03 and np.abs(found - expected).mean() < 0.003
 
 
 @pytest.mark.parametrize("severity", FIVE)
@@ -209,7 +221,8 @@ def test_the_wobble_is_the_oracles(photos, oracle, severity):
     many = np.tile(photos, (20, 1, 1, 1))
     alpha = [250 * 0.05, 250 * 0.065, 250 * 0.085, 250 * 0.1, 250 * 0.12][severity - 1]
     np.random.seed(severity)
-    a = corruptions.elastic_transform(many / 255, (alpha * 0.005, 0.01, 0), np.random.RandomState(severity)) - many / 255
+    a = corruptions.elastic_transform(many / 255, (alpha * 0.005, 0.01, 0),
+                                      np.random.RandomState(severity)) - many / 255
     b = np.stack([oracle.elastic_transform(x, severity) for x in many]) / 255 - many / 255
     a, b = a.std((1, 2, 3)), b.std((1, 2, 3))
     assert abs((a - b).mean()) < 4 * (a - b).std() / len(a) ** 0.5 and scipy.stats.ks_2samp(a, b).pvalue > 0.001
@@ -217,10 +230,12 @@ def test_the_wobble_is_the_oracles(photos, oracle, severity):
 
 def test_frost_is_as_bright_and_as_rough_as_on_the_published_windows(oracle):
     cv2, rng, black = pytest.importorskip("cv2"), np.random.RandomState(0), np.zeros((1000, 32, 32, 3))
-    pieces, files = [], sorted(Path(oracle.__file__).with_name("frost").iterdir())[:5]  # the sixth is never drawn in the recipe
+    # the sixth is never drawn in the recipe
+    pieces, files = [], sorted(Path(oracle.__file__).with_name("frost").iterdir())[:5]
     for file in files:
         window = cv2.resize(cv2.imread(str(file)), (0, 0), fx=0.2, fy=0.2)[..., ::-1] / 255
-        pieces += [window[i : i + 32, j : j + 32] for i, j in zip(*(rng.randint(side - 32, size=200) for side in window.shape[:2]))]
+        pieces += [window[i : i + 32, j : j + 32]
+                   for i, j in zip(*(rng.randint(side - 32, size=200) for side in window.shape[:2]))]
     photographed, drawn = np.array(pieces), corruptions.frost(black, (1, 1), rng)
     assert len(files) == 5
     np.testing.assert_allclose(drawn.mean((0, 1, 2)), photographed.mean((0, 1, 2)), atol=0.05)  # red, green and blue
@@ -247,11 +262,15 @@ def test_damage_to_real_images_grows_with_severity(cifar, name):
         assert all(5 < np.abs(images.astype(float) - cifar).std() < 50 for images in found)
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 3), (64, 64, 3), (24, 32, 3), (32, 24, 3), (8, 8, 1), (32, 32, 1), (24, 32, 1)], ids=str)
+SHAPES = [(8, 8, 3), (64, 64, 3), (24, 32, 3), (32, 24, 3), (8, 8, 1), (32, 32, 1), (24, 32, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", STANDARD)
 def test_images_of_any_size_black_and_white_ones_too(photos, name, shape):
     h, w, c = shape
-    x = np.concatenate([np.tile(photos[-6:], (1, 2, 2, 1))[:, :h, :w, :c], np.zeros((1, *shape), np.uint8), np.full((1, *shape), 255, np.uint8)])
+    x = np.concatenate([np.tile(photos[-6:], (1, 2, 2, 1))[:, :h, :w, :c], np.zeros((1, *shape), np.uint8),
+                        np.full((1, *shape), 255, np.uint8)])
     for severity in FIVE:
         raw = getattr(corruptions, name)(x / 255, SEVERITIES[name][severity - 1], np.random.RandomState(0))
         assert raw.shape == x.shape and np.isfinite(raw).all()
@@ -267,7 +286,8 @@ def test_lengths_grow_with_the_image():
     point = np.zeros((1, 384, 384, 1))
     point[0, 192, 192] = 1
     spots = [(corruptions.defocus_blur(point, how, None) > 1e-9).sum() for how in SEVERITIES["defocus_blur"]]
-    assert all(before < after for before, after in zip(spots, spots[1:])) and spots[-1] == 1009  # pixels whose middle is within 18 of its own
+    # pixels whose middle is within 18 of its own
+    assert all(before < after for before, after in zip(spots, spots[1:])) and spots[-1] == 1009
     ramp = np.tile(np.arange(224) / 223, (1, 224, 1))[..., None]
     moved = corruptions.glass_blur(ramp, SEVERITIES["glass_blur"][0], np.random.RandomState(0)) - ramp
     assert 2 / 223 < np.abs(moved[:, 50:-50, 50:-50]).mean() < 14 / 223  # by up to 7 pixels, where 32 move by one
@@ -302,7 +322,8 @@ def test_extras_on_grey_images(photos, name):
 def test_every_severity_corruption_seed_and_block_has_its_own_draws(kind, side):
     x = np.full((3, side, side, 3), 100, np.uint8)
     x[:, ::5, ::3] = 200
-    found = [corrupt(x, kind, severity, seed, block) for severity, seed, block in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]]
+    found = [corrupt(x, kind, severity, seed, block)
+             for severity, seed, block in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]]
     assert len({images.tobytes() for images in found}) == 4 and np.array_equal(found[0], corrupt(x, kind, 1))
     assert len(np.unique(found[0], axis=0)) == 3
 
@@ -354,7 +375,8 @@ def test_an_interruption_costs_one_corruption(tmp_path, monkeypatch, error, wher
     assert calls == 5 * ["contrast"] + 5 * ["brightness"] and found.files["fog"].stat().st_mtime_ns == before
     assert {path.name for path in folder.iterdir()} == {"config.json", *(f"{name}.npy" for name in names)}
     for name in names:
-        assert all(np.array_equal(found.at(name, severity).x_test, corrupt(dataset.x_test, name, severity)) for severity in FIVE)
+        assert all(np.array_equal(found.at(name, severity).x_test, corrupt(dataset.x_test, name, severity))
+                   for severity in FIVE)
     calls.clear()
     corrupted_images(dataset, tmp_path, names, jobs=1, quiet=True)
     assert calls == []
@@ -379,7 +401,8 @@ def test_a_severity_is_of_the_data_set_and_smaller_if_asked(tmp_path):
     assert np.array_equal(data.x_test, np.floor(means + 0.5))
     assert np.array_equal(data.y_test, dataset.y_test[:7]) and len(data.x_train) == 0 and data.num_classes == 10
     plain = found.at("contrast", 4)
-    assert len(plain.x_test) == 30 and (plain.mean, plain.std, plain.class_names) == (dataset.mean, dataset.std, dataset.class_names)
+    assert len(plain.x_test) == 30
+    assert (plain.mean, plain.std, plain.class_names) == (dataset.mean, dataset.std, dataset.class_names)
 
 
 @pytest.fixture
@@ -423,7 +446,8 @@ def test_published_files_are_for_cifar10_alone(published, digits):
 def test_bad_published_files_are_named(published, damage):
     dataset, folder, rows, write = published
     says = {"missing": "frost.npy is missing: unpack CIFAR-10-C.tar .* again, or move .*CIFAR-10-C away",
-            "damaged": "frost.npy is damaged .md5 [0-9a-f]{32}, expected [0-9a-f]{32}.: unpack", "no labels": "labels.npy is missing"}
+            "damaged": "frost.npy is damaged .md5 [0-9a-f]{32}, expected [0-9a-f]{32}.: unpack",
+            "no labels": "labels.npy is missing"}
     if damage == "missing":
         (folder / "frost.npy").unlink()
     elif damage == "no labels":
@@ -433,7 +457,8 @@ def test_bad_published_files_are_named(published, damage):
         (folder / "frost.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     else:
         labels = np.tile(dataset.y_test, 5)
-        write(labels={"other labels": (labels + 1) % 10, "other order": np.repeat(dataset.y_test, 5), "other images": labels[:100]}[damage])
+        write(labels={"other labels": (labels + 1) % 10, "other order": np.repeat(dataset.y_test, 5),
+                      "other images": labels[:100]}[damage])
     with pytest.raises(ValueError, match=says.get(damage, "CIFAR-10-C has other labels than the test images")):
         corrupted_images(dataset, folder.parent, rows, quiet=True)
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}  # nothing is made in their place
@@ -466,7 +491,9 @@ def test_accuracy_of_a_fixed_function_is_counted_right(tmp_path, make, side, ima
     corrupted = corrupted_images(dataset, tmp_path, names, quiet=True)
     model = make().train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    flags, modes, chance = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()], torch.get_rng_state()
+    flags = [p.requires_grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    chance = torch.get_rng_state()
     found = corruption_accuracy(model, corrupted, side, images, batch_size=13, quiet=True)
     n, right = images or 60, np.empty((2, 5, images or 60))
     for i, name in enumerate(names):
@@ -479,7 +506,8 @@ def test_accuracy_of_a_fixed_function_is_counted_right(tmp_path, make, side, ima
         np.testing.assert_allclose(found["accuracy"][name], 100 * right[i].mean(1))
     scores = 100 * right.reshape(10, n).mean(0)
     half = 1.96 * scores.std(ddof=1) / n**0.5
-    np.testing.assert_allclose([found["mean"], found["low"], found["high"]], [scores.mean(), scores.mean() - half, scores.mean() + half])
+    np.testing.assert_allclose([found["mean"], found["low"], found["high"]],
+                               [scores.mean(), scores.mean() - half, scores.mean() + half])
     assert found["n"] == n and found["source"] == "generated" and list(found["accuracy"]) == names
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags and [m.training for m in model.modules()] == modes

@@ -17,7 +17,8 @@ import torchvision
 from advdpnp import data
 from advdpnp.attacks import FGSM
 from advdpnp.baselines import CLEAN_METHODS, METHODS, make_net
-from advdpnp.data import Dataset, Loader, at_most, averaged, hold_out, load_dataset, pick_device, random_crop_flip, replacing, seeded
+from advdpnp.data import Dataset, Loader, at_most, averaged, hold_out, load_dataset, pick_device, random_crop_flip
+from advdpnp.data import replacing, seeded
 from advdpnp.training import Trainer
 
 RNG = np.random.default_rng(0)
@@ -79,7 +80,8 @@ def published(folder, name, monkeypatch, n=60):
     folder.mkdir(exist_ok=True)
     if name == "svhn":
         split_list = dict(torchvision.datasets.SVHN.split_list)
-        for split, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):  # .mat files hold HWCN and call the digit 0 "10"
+        # .mat files hold HWCN and call the digit 0 "10"
+        for split, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
             path = folder / f"{split}_32x32.mat"
             scipy.io.savemat(path, {"X": x.transpose(1, 2, 3, 0), "y": np.where(y == 0, 10, y)[:, None]})
             split_list[split] = [split_list[split][0], path.name, md5(path)]
@@ -90,7 +92,8 @@ def published(folder, name, monkeypatch, n=60):
     base.mkdir()
     flat = lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # NCHW: all red, all green, all blue
     train, test = [file for file, _ in reader.train_list], reader.test_list[0][0]
-    for file, x, y in [*zip(train, np.array_split(x_train, len(train)), np.array_split(y_train, len(train))), (test, x_test, y_test)]:
+    for file, x, y in [*zip(train, np.array_split(x_train, len(train)), np.array_split(y_train, len(train))),
+                       (test, x_test, y_test)]:
         (base / file).write_bytes(pickle.dumps({"data": flat(x), key: y.tolist()}))
     names, meta = [f"class {k}" for k in range(classes)], reader.meta["filename"]
     (base / meta).write_bytes(pickle.dumps({reader.meta["key"]: names}))
@@ -106,7 +109,8 @@ def train_on(dataset, method):
     net = make_net(method, "cifar_resnet8", dataset.num_classes, dataset.mean, dataset.std)
     before = {name: value.clone() for name, value in net.named_parameters()}
     settings = {} if method in CLEAN_METHODS else dict(eps=8 / 255, steps=2)
-    trainer = Trainer(net, METHODS[method](**settings), at_most(dataset, train=2 * dataset.num_classes + 32), epochs=1, batch_size=32,
+    trainer = Trainer(net, METHODS[method](**settings), at_most(dataset, train=2 * dataset.num_classes + 32),
+                      epochs=1, batch_size=32,
                       val_size=dataset.num_classes, val_attack=FGSM(8 / 255), device="cpu", quiet=True)
     assert trainer.fit() and np.isfinite(list(trainer.history[0].values())).all()
     return [name for name, value in net.named_parameters() if torch.equal(value, before[name])] == []
@@ -125,7 +129,8 @@ def test_published_files(tmp_path, monkeypatch, offline, name):
     assert train_on(second, "Adv-DPNP")
 
 
-@pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-batches-py/data_batch_3"), ("cifar10", "cifar-10-batches-py/batches.meta"),
+@pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-batches-py/data_batch_3"),
+                                        ("cifar10", "cifar-10-batches-py/batches.meta"),
                                         ("cifar100", "cifar-100-python/test"), ("svhn", "train_32x32.mat")])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "damaged"])
 def test_a_bad_published_file_is_named(tmp_path, monkeypatch, offline, name, file, damage):
@@ -137,7 +142,8 @@ def test_a_bad_published_file_is_named(tmp_path, monkeypatch, offline, name, fil
     if damage == "missing":
         path.unlink()
         says = f"{file} is missing"
-    with pytest.raises(OSError, match=f"{name} could not be downloaded.*put {name}.npz or the published files into {tmp_path}, where now {says}$"):
+    with pytest.raises(OSError, match=f"{name} could not be downloaded.*put {name}.npz or the published files into "
+                                      f"{tmp_path}, where now {says}$"):
         load_dataset(name, tmp_path)
     assert not list(tmp_path.glob("**/*.npz"))
     path.write_bytes(whole)
@@ -146,7 +152,9 @@ def test_a_bad_published_file_is_named(tmp_path, monkeypatch, offline, name, fil
 
 def test_half_a_download_is_seen_and_fetched_again(tmp_path, monkeypatch):
     published(tmp_path / "server", "cifar10", monkeypatch)
-    archive, folder, reader = tmp_path / "server/cifar-10-python.tar.gz", tmp_path / "data", torchvision.datasets.CIFAR10
+    archive = tmp_path / "server/cifar-10-python.tar.gz"
+    folder = tmp_path / "data"
+    reader = torchvision.datasets.CIFAR10
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "server" / reader.base_folder, reader.base_folder)
     monkeypatch.setattr(reader, "tgz_md5", md5(archive))
@@ -160,7 +168,9 @@ def test_half_a_download_is_seen_and_fetched_again(tmp_path, monkeypatch):
         monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", retrieve)
 
     stopping_at(1000)  # the server hangs up
-    with pytest.raises(OSError, match="cifar10 could not be downloaded .File not found or corrupted.*data_batch_1 is missing"):
+    with pytest.raises(
+        OSError, match="cifar10 could not be downloaded .File not found or corrupted.*data_batch_1 is missing"
+    ):
         load_dataset("cifar10", folder)
     for error in (KeyboardInterrupt(), http.client.IncompleteRead(b"")):
         stopping_at(1000, error)
@@ -216,7 +226,8 @@ def test_failed_download_says_where_to_put_the_files(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-200], lambda b: b[:1000], lambda b: b[:5000] + bytes(50) + b[5050:], lambda b: b"", lambda b: b"no archive"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-200], lambda b: b[:1000],
+                                    lambda b: b[:5000] + bytes(50) + b[5050:], lambda b: b"", lambda b: b"no archive"])
 def test_damaged_archive(archive, damage):
     path = archive[0] / "mine.npz"
     path.write_bytes(damage(path.read_bytes()))
@@ -281,17 +292,21 @@ def test_crops_are_uniform_flips_are_half_and_each_image_has_its_own():
     drawn = np.array([crops[image.tobytes()] for image in out.numpy()])
     assert scipy.stats.chisquare(np.bincount(drawn, minlength=50)).pvalue > 0.001
     assert scipy.stats.binomtest(int((drawn % 2).sum()), n).pvalue > 0.001
-    pairs = np.bincount(50 * drawn[::2] + drawn[1::2], minlength=2500)  # neighbours in a batch know nothing of each other
+    # neighbours in a batch know nothing of each other
+    pairs = np.bincount(50 * drawn[::2] + drawn[1::2], minlength=2500)
     assert scipy.stats.chisquare(pairs).pvalue > 0.001
-    content = random_crop_flip(torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 5, 5, 1), p, True, seeded("cpu", 0))
+    content = random_crop_flip(torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(100, 5, 5, 1), p, True,
+                               seeded("cpu", 0))
     assert torch.equal(content.amax((1, 2, 3)), torch.arange(100, dtype=torch.uint8))  # every image is still itself
 
 
 def test_batches_depend_on_seed_epoch_and_place_alone(digits):
     make = lambda seed=0: Loader(digits.x_train, digits.y_train, 100, train=True, padding=1, flip=True, seed=seed)
     whole, late = list(make().epoch(3)), list(make().epoch(3, start=9))
-    assert len(whole) == 12 and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(whole[9:], late, strict=True))
-    assert not torch.equal(next(make().epoch(4))[0], whole[0][0]) and not torch.equal(next(make(1).epoch(3))[0], whole[0][0])
+    assert len(whole) == 12
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(whole[9:], late, strict=True))
+    assert not torch.equal(next(make().epoch(4))[0], whole[0][0])
+    assert not torch.equal(next(make(1).epoch(3))[0], whole[0][0])
     labels = torch.cat([y for _, y in whole])
     assert len(labels) == 1200 and (torch.bincount(labels) > 90).all()
 
@@ -314,7 +329,8 @@ def test_hash_sees_every_array():
     base = Dataset("a", x, y, x, y)
     assert base.sha256 == Dataset("b", x.copy(), y, x, y).sha256
     for key in ("x_train", "x_test"):
-        assert base.sha256 != Dataset("a", **({"x_train": x, "y_train": y, "x_test": x, "y_test": y} | {key: 255 - x})).sha256
+        assert base.sha256 != Dataset("a", **({"x_train": x, "y_train": y, "x_test": x,
+                                               "y_test": y} | {key: 255 - x})).sha256
     assert base.sha256 != Dataset("a", x, y, x, y[::-1].copy()).sha256
 
 
@@ -332,7 +348,10 @@ def test_averaged_images_are_the_rounded_means_of_squares():
 @pytest.mark.parametrize("side", [0, -8, 5, 64])
 def test_a_side_that_does_not_divide(side):
     x, y = images(4), np.arange(4)
-    with pytest.raises(ValueError, match=f"mine, 32x32, to {side}x{side}: expected square images and one of the sides 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(
+        ValueError,
+        match=f"mine, 32x32, to {side}x{side}: expected square images and one of the sides 1, 2, 4, 8, 16, 32",
+    ):
         averaged(Dataset("mine", x, y, x, y), side)
     with pytest.raises(ValueError, match="mine, 32x16, to 8x8: expected square images"):
         averaged(Dataset("mine", x[:, :, :16], y, x[:, :, :16], y), 8)

@@ -16,7 +16,8 @@ from advdpnp.sanity import failed, robustness_curve
 from advdpnp.training import AdvDPNP, Trainer
 
 
-@pytest.mark.parametrize("correct, n", [(0, 1), (1, 1), (0, 500), (3, 500), (250, 500), (499, 500), (500, 500), (8231, 10000)])
+@pytest.mark.parametrize("correct, n", [(0, 1), (1, 1), (0, 500), (3, 500), (250, 500), (499, 500), (500, 500),
+                                        (8231, 10000)])
 def test_wilson_against_scipy(correct, n):
     interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
     assert wilson(correct, n) == pytest.approx((interval.low, interval.high), abs=1e-9)
@@ -39,10 +40,13 @@ def test_record_adds_up_and_the_model_is_untouched(net, digits):
     assert list(metrics) == ["clean", "fgsm", "pgd3", "worst"]
     for m in metrics.values():
         assert m["accuracy"] == m["correct"] and m["low"] <= m["accuracy"] <= m["high"] and m["n"] == 100
-    assert metrics["worst"]["accuracy"] <= min(metrics["fgsm"]["accuracy"], metrics["pgd3"]["accuracy"]) <= metrics["clean"]["accuracy"]
-    assert metrics["pgd3"]["attack"] == dict(name="pgd3", images=100, eps=0.1, step_size=0.025, steps=3, random_start=True, restarts=1, norm="linf", seed=0) | {"class": "PGD"}
+    assert metrics["worst"]["accuracy"] <= min(metrics["fgsm"]["accuracy"],
+                                               metrics["pgd3"]["accuracy"]) <= metrics["clean"]["accuracy"]
+    assert metrics["pgd3"]["attack"] == dict(name="pgd3", images=100, eps=0.1, step_size=0.025, steps=3,
+                                             random_start=True, restarts=1, norm="linf", seed=0) | {"class": "PGD"}
     names = [check["name"] for check in record["checks"]]
-    assert len(set(names)) == len(names) >= 12 and "evaluation mode" in failed(record["checks"])  # it was given in training mode
+    # it was given in training mode
+    assert len(set(names)) == len(names) >= 12 and "evaluation mode" in failed(record["checks"])
 
 
 def test_worst_case_is_taken_image_by_image(digits):
@@ -84,12 +88,15 @@ def test_budget_curve_starts_at_clean_and_ends_at_nothing(net, digits):
     curve = robustness_curve(net, Loader(digits.x_test[:100], digits.y_test[:100], 100), PGD(0.2), [0.1, 0.5])
     clean = evaluate(net, digits, images=100, quiet=True)["metrics"]["clean"]["accuracy"]
     assert curve["eps"] == [0, 0.1, 0.5] and curve["accuracy"][0] == clean and curve["n"] == 100
-    assert clean > 60 and curve["accuracy"][0] > curve["accuracy"][1] > curve["accuracy"][2] and curve["accuracy"][2] < 5
+    assert clean > 60
+    assert curve["accuracy"][0] > curve["accuracy"][1] > curve["accuracy"][2]
+    assert curve["accuracy"][2] < 5
 
 
 def test_sanity_checks_are_of_the_attack_in_the_record(net, digits, monkeypatch):
     trusted = []
-    monkeypatch.setattr("advdpnp.evaluation.sanity", lambda model, few, seen, attack, *rest: trusted.append(attack) or {})
+    monkeypatch.setattr("advdpnp.evaluation.sanity",
+                        lambda model, few, seen, attack, *rest: trusted.append(attack) or {})
     slow = PGD(0.1, step_size=0.01)
     for attacks in ([FGSM(0.1), slow, CW(0.1)], [PGD(0.05, steps=3), slow], [FGSM(0.3, norm="l2")]):
         evaluate(net, digits, attacks, images=5, quiet=True)
@@ -97,7 +104,8 @@ def test_sanity_checks_are_of_the_attack_in_the_record(net, digits, monkeypatch)
 
 
 def test_autoattack_on_fewer_images(net, digits):
-    record = evaluate(net, digits, [PGD(0.1, steps=3), AutoAttack(0.1, steps=3, queries=10)], images=90, limits=dict(autoattack=30), quiet=True)
+    record = evaluate(net, digits, [PGD(0.1, steps=3), AutoAttack(0.1, steps=3, queries=10)], images=90,
+                      limits=dict(autoattack=30), quiet=True)
     assert {name: m["n"] for name, m in record["metrics"].items()} == dict(clean=90, pgd3=90, autoattack=30, worst=30)
     assert list(record["metrics"]["autoattack"]["stages"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert record["metrics"]["worst"]["correct"] <= record["metrics"]["autoattack"]["correct"]
@@ -119,11 +127,16 @@ def test_anyone_s_attack_and_anyone_s_model(digits):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.freeze(torch.jit.script(net))], ids=["TorchScript", "frozen"])
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.freeze(torch.jit.script(net))],
+                         ids=["TorchScript", "frozen"])
 def test_a_compiled_model_is_attacked_as_the_model(digits, compiled):
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 10)).eval()
-    ours, theirs = (evaluate(model, digits, standard_attacks(0.02)[:2], images=50, quiet=True)["metrics"] for model in (net, compiled(net)))
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(),
+                              torch.nn.Linear(144, 10)).eval()
+    ours, theirs = (
+        evaluate(model, digits, standard_attacks(0.02)[:2], images=50, quiet=True)["metrics"]
+        for model in (net, compiled(net))
+    )
     assert {name: m["correct"] for name, m in ours.items()} == {name: m["correct"] for name, m in theirs.items()}
 
 
@@ -171,13 +184,16 @@ torch.set_num_threads(1)
 digits = load_dataset("digits")
 torch.manual_seed(0)
 net = PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std).eval()
-record = evaluate(net, digits, [AutoAttack(0.002, queries=300)], images=100, batch_size=4, resume=sys.argv[1], quiet=True)
+record = evaluate(net, digits, [AutoAttack(0.002, queries=300)], images=100, batch_size=4, resume=sys.argv[1],
+                  quiet=True)
 print({name: m["correct"] for name, m in record["metrics"].items()}, record["metrics"]["autoattack"]["stages"])
 """
 
 
 def test_killed_it_goes_on_from_its_state_file(tmp_path):
-    run = lambda name, **kw: subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / name)], stdout=subprocess.PIPE, text=True, **kw)
+    run = lambda name, **kw: subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / name)], stdout=subprocess.PIPE, text=True, **kw
+    )
     whole = run("whole").communicate()[0]
     killed, state = run("state"), tmp_path / "state"
     while not (state.exists() and "apgd-t" in state.read_text()):
@@ -194,7 +210,8 @@ def test_a_state_file_of_another_evaluation_is_refused(net, digits, tmp_path):
     evaluate(net, digits, [PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True)
     for changed in (dict(seed=1), dict(images=90), dict(attacks=[PGD(0.2, steps=2)])):
         with pytest.raises(ValueError, match="is of another evaluation"):
-            evaluate(net, digits, **{**dict(attacks=[PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True), **changed})
+            evaluate(net, digits, **{**dict(attacks=[PGD(0.1, steps=2)], images=100, resume=tmp_path / "state",
+                                            quiet=True), **changed})
     with torch.no_grad():
         net.head.directions.add_(0.1)
     with pytest.raises(ValueError, match=r"another evaluation \(logits differ\)"):
@@ -237,7 +254,8 @@ def test_an_ensemble_of_one_s_own_is_called_as_it_is(net, digits):
 def test_robustbench_entry_has_the_leaderboard_s_keys(net, digits):
     record = evaluate(net, digits, [AutoAttack(8 / 255, steps=3, queries=5)], images=30, quiet=True)
     info = robustbench_info(record, "A paper", "Some One", "ResNet-8")
-    assert set(info) == {"link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture",
+    assert set(info) == {"link", "name", "authors", "additional_data", "number_forward_passes", "dataset",
+                         "venue", "architecture",
                          "eps", "clean_acc", "reported", "autoattack_acc"}
     assert info["eps"] == "8/255" and float(info["autoattack_acc"]) <= float(info["clean_acc"])
 

@@ -52,12 +52,14 @@ def flat(*layers):
 
 NETWORKS = {  # to the pairs that may be folded
     "resnet": (lambda: timm.create_model("cifar_resnet8", in_chans=1), 9),
-    "pre-activation": (lambda: flat(nn.Conv2d(1, 8, 3), Block(8), Block(8)), 0),  # the shortcut takes a convolution's output, too
+    # the shortcut takes a convolution's output, too
+    "pre-activation": (lambda: flat(nn.Conv2d(1, 8, 3), Block(8), Block(8)), 0),
     "in-place": (lambda: flat(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(8)), 0),
     "shared norm": (SharedNorm, 0),
     "gated norm": (lambda: flat(nn.Conv2d(1, 8, 3), Gated(8)), 0),
     "no statistics": (lambda: flat(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)), 0),
-    "biased and grouped": (lambda: flat(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4, stride=2), nn.BatchNorm2d(8)), 2),
+    "biased and grouped": (lambda: flat(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+                                        nn.Conv2d(8, 8, 3, groups=4, stride=2), nn.BatchNorm2d(8)), 2),
     "weight norm": (lambda: flat(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 8, 3)), nn.BatchNorm2d(8)), 0),
 }
 

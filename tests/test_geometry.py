@@ -28,7 +28,8 @@ def case(seed):
     y = rng.permutation(np.repeat(occur, rng.integers(2, 30, len(occur))))
     c = rng.normal(size=(k, d))
     c *= 1.7 / np.linalg.norm(c, axis=1, keepdims=True)
-    return [torch.from_numpy(a) for a in (c[y] + rng.uniform(0.4, 2) * rng.normal(size=(len(y), d)), y, c, rng.normal(size=(len(y), k)))]
+    return [torch.from_numpy(a) for a in (c[y] + rng.uniform(0.4, 2) * rng.normal(size=(len(y), d)), y, c,
+                                          rng.normal(size=(len(y), k)))]
 
 
 def reference(f, y, c, z):
@@ -47,7 +48,8 @@ def reference(f, y, c, z):
             rows["within"].append(distance(f[i], mean[k]) ** 2)
             rows["angular_spread"].append(math.degrees(math.acos(cosine)))
             rows["to_nearest_mean"].append(min(distance(f[i], mean[j]) for j in classes if j != k))
-            near = min(np.mean([distance(f[i], f[j]) for j in np.flatnonzero(y == other)]) for other in classes if other != k)
+            near = min(np.mean([distance(f[i], f[j]) for j in np.flatnonzero(y == other)])
+                       for other in classes if other != k)
             own = np.mean([distance(f[i], other) for other in others])
             rows["silhouette"].append((near - own) / max(near, own))
             rows["nearest_mean"].append(100 * (min(classes, key=lambda j: distance(f[i], left_out[j])) == k))
@@ -63,7 +65,8 @@ def reference(f, y, c, z):
     numbers["means_apart"] = np.mean([distance(mean[a], mean[b]) for a in classes for b in classes if a < b])
     numbers["fisher"] = numbers["between"] / numbers["within"]
     spread = {k: np.mean([distance(f[i], mean[k]) for i in np.flatnonzero(y == k)]) for k in classes}
-    numbers["davies_bouldin"] = np.mean([max((spread[a] + spread[b]) / distance(mean[a], mean[b]) for b in classes if b != a) for a in classes])
+    numbers["davies_bouldin"] = np.mean([max((spread[a] + spread[b]) / distance(mean[a], mean[b]) for b in classes
+                                             if b != a) for a in classes])
     return numbers, found
 
 
@@ -98,14 +101,16 @@ def test_what_needs_prototypes_or_logits_is_left_out_without_them():
 @pytest.mark.parametrize("seed", range(4))
 def test_what_moves_everything_alike_changes_nothing(seed):
     f, y, c, z = case(seed)
-    q = torch.linalg.qr(torch.randn(f.shape[1], f.shape[1], dtype=torch.double, generator=torch.Generator().manual_seed(seed)))[0]
+    q = torch.linalg.qr(torch.randn(f.shape[1], f.shape[1], dtype=torch.double,
+                                    generator=torch.Generator().manual_seed(seed)))[0]
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     before = discriminability(f, y, c, z)
     for after in (discriminability(f @ q, y, c @ q, z), discriminability(f[order], y[order], c, z[order])):
         for name in (*DISTANCES, *SQUARES, *RATIOS):
             assert after[name] == pytest.approx(before[name], rel=1e-9), name
     moved = discriminability(f + 5, y, c + 5, z)
-    assert all(moved[name] == pytest.approx(before[name]) for name in (*DISTANCES, *SQUARES, *RATIOS) if name != "angular_spread")
+    assert all(moved[name] == pytest.approx(before[name]) for name in (*DISTANCES, *SQUARES, *RATIOS)
+               if name != "angular_spread")
     assert moved["angular_spread"] < 0.9 * before["angular_spread"]  # angles are seen from the origin
     assert angles((c @ q).numpy()) == pytest.approx(angles(c.numpy()))
 
@@ -120,7 +125,9 @@ def test_scale_changes_distances_alone(seed, prototypes_too):
     for name in SQUARES:
         assert after[name] == pytest.approx(9 * before[name], rel=1e-9)
     for name in DISTANCES:
-        assert prototypes_too is False and "prototype" in name or after[name] == pytest.approx(3 * before[name], rel=1e-9)
+        assert (
+            prototypes_too is False and "prototype" in name or after[name] == pytest.approx(3 * before[name], rel=1e-9)
+        )
     assert angles(3 * c.numpy()) == pytest.approx(angles(c.numpy()))
 
 
@@ -128,7 +135,8 @@ def test_scale_changes_distances_alone(seed, prototypes_too):
 def test_the_nearest_prototype_has_the_highest_logit_if_all_have_one_norm(seed):
     f, y, c, _ = case(seed)
     found = discriminability(f, y, c, f @ c.T)
-    assert found["nearest_prototype"] == found["linear"] and found["per_class"]["nearest_prototype"] == found["per_class"]["linear"]
+    assert found["nearest_prototype"] == found["linear"]
+    assert found["per_class"]["nearest_prototype"] == found["per_class"]["linear"]
 
 
 def test_the_nearest_prototype_need_not_have_the_highest_logit_if_one_is_longer():
@@ -153,9 +161,11 @@ def test_too_few_classes_or_features_are_refused(y, says):
 def test_classes_that_collapse_or_coincide_have_a_number():
     y = torch.tensor([0, 0, 1, 1])
     collapsed = discriminability(torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]]), y)
-    assert (collapsed["within"], collapsed["fisher"], collapsed["silhouette"], collapsed["nearest_mean"]) == (0, math.inf, 1, 100)
+    assert (collapsed["within"], collapsed["fisher"], collapsed["silhouette"],
+            collapsed["nearest_mean"]) == (0, math.inf, 1, 100)
     one_spot = discriminability(torch.tensor([[1.0, 1], [1, -1], [1, 1], [1, -1]]), y)
-    assert (one_spot["between"], one_spot["fisher"], one_spot["davies_bouldin"], one_spot["nearest_mean"]) == (0, 0, math.inf, 0)
+    assert (one_spot["between"], one_spot["fisher"], one_spot["davies_bouldin"],
+            one_spot["nearest_mean"]) == (0, 0, math.inf, 0)
     dead = discriminability(torch.zeros(4, 2), y)
     assert not any(math.isnan(value) for name, value in dead.items() if name != "per_class")
 
@@ -194,17 +204,23 @@ def test_geometry_leaves_no_trace(any_net, digits):
     for i, parameter in enumerate(any_net.parameters()):
         parameter.requires_grad_(i % 3 > 0)
         parameter.grad = torch.full_like(parameter, i) if i % 2 else None
-    look = lambda: dict(state={name: value.clone() for name, value in any_net.state_dict().items()}, modes=[m.training for m in any_net.modules()],
-                        flags=[p.requires_grad for p in any_net.parameters()], chance=torch.get_rng_state(), numpy=np.random.get_state()[1].copy(),
+    look = lambda: dict(state={name: value.clone() for name, value in any_net.state_dict().items()},
+                        modes=[m.training for m in any_net.modules()],
+                        flags=[p.requires_grad for p in any_net.parameters()], chance=torch.get_rng_state(),
+                        numpy=np.random.get_state()[1].copy(),
                         grads=[None if p.grad is None else p.grad.clone() for p in any_net.parameters()])
-    before, python, hooks = look(), random.getstate(), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in any_net.modules()]
+    before = look()
+    python = random.getstate()
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in any_net.modules()]
     found = geometry(any_net, few(digits), ATTACK)
     after = look()
     for name in ("modes", "flags"):
         assert after[name] == before[name]
     assert all(torch.equal(value, before["state"][name]) for name, value in after["state"].items())
     assert all(a is b or torch.equal(a, b) for a, b in zip(after["grads"], before["grads"], strict=True))
-    assert torch.equal(after["chance"], before["chance"]) and np.array_equal(after["numpy"], before["numpy"]) and random.getstate() == python
+    assert torch.equal(after["chance"], before["chance"])
+    assert np.array_equal(after["numpy"], before["numpy"])
+    assert random.getstate() == python
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in any_net.modules()] == hooks
     torch.manual_seed(7)
     assert geometry(any_net, few(digits), ATTACK) == found  # and depends on no global state
@@ -230,10 +246,12 @@ def test_attacked_features_are_those_of_pgd(any_net, digits):
         expected = discriminability(features, loader.y, prototypes, logits)
         assert found[state].pop("per_class").keys() == expected.pop("per_class").keys()
         assert found[state] == pytest.approx(expected)
-    assert found["attacked"]["linear"] <= found["clean"]["linear"] and found["attacked"]["within"] != found["clean"]["within"]
+    assert found["attacked"]["linear"] <= found["clean"]["linear"]
+    assert found["attacked"]["within"] != found["clean"]["within"]
 
 
-@pytest.mark.parametrize("keep", [lambda y: y == y, lambda y: y < 7, lambda y: y != 3, lambda y: y > 4], ids=["all", "below 7", "not 3", "above 4"])
+@pytest.mark.parametrize("keep", [lambda y: y == y, lambda y: y < 7, lambda y: y != 3, lambda y: y > 4],
+                         ids=["all", "below 7", "not 3", "above 4"])
 def test_labels_that_miss_a_class_work(any_net, digits, keep):
     loader = few(digits, keep)
     found, classes = geometry(any_net, loader, ATTACK), np.unique(loader.y.numpy()).tolist()
@@ -253,7 +271,8 @@ def test_labels_that_miss_a_class_work(any_net, digits, keep):
         assert len(pictures[state]) == len(y)
     middle = np.mean([*means.values()], 0)
     centred = np.stack([*means.values()]) - middle
-    assert found["prototypes"] == pytest.approx(angles(weights)) and found["means"] == pytest.approx(angles(centred), rel=1e-3)
+    assert found["prototypes"] == pytest.approx(angles(weights))
+    assert found["means"] == pytest.approx(angles(centred), rel=1e-3)
     plane = np.linalg.svd(centred)[2][:2]  # each of its axes may point either way
     for name, points in (("clean", clean), ("attacked", attacked), ("prototypes", weights)):
         np.testing.assert_allclose(np.abs(pictures[name]), np.abs((points - middle) @ plane.T), atol=5e-3)

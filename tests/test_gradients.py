@@ -23,7 +23,8 @@ def rule_holds_for_features(seed):
     head, loss, y = PrototypeHead(32, 7), AdvDPNPLoss(**WEIGHTS), torch.randint(7, (50,))
     features = torch.randn(50, 32, requires_grad=True)
     clean = on_prototypes(loss.total(loss.clean_branch(head, features, y)), head)
-    whole = [on_prototypes(loss(head, features, (scale * torch.randn(50, 32)).requires_grad_(), y)[0], head) for scale in (0.1, 1, 30)]
+    whole = [on_prototypes(loss(head, features, (scale * torch.randn(50, 32)).requires_grad_(), y)[0], head)
+             for scale in (0.1, 1, 30)]
     return all(torch.equal(clean, gradient) for gradient in whole)
 
 

@@ -68,7 +68,8 @@ def test_terms_and_total(case):
     c = head.norm.item() * c / np.linalg.norm(c, axis=1, keepdims=True)
     tf, tf_adv, ty = torch.from_numpy(f), torch.from_numpy(f_adv), torch.from_numpy(y)
     z, z_adv = f @ c.T, f_adv @ c.T
-    expected = dict(ce=cross_entropy(z, y), alignment=alignment(f, y, c), repulsion=repulsion(c), adv_ce=cross_entropy(z_adv, y),
+    expected = dict(ce=cross_entropy(z, y), alignment=alignment(f, y, c), repulsion=repulsion(c),
+                    adv_ce=cross_entropy(z_adv, y),
                     adv_alignment=alignment(f_adv, y, c), consistency=kl(z, z_adv))
     same(losses.positive_alignment(tf, ty, head.prototypes), expected["alignment"])
     same(losses.negative_repulsion(head.prototypes), expected["repulsion"])
@@ -88,15 +89,18 @@ def test_other_forms(case):
     tf, tf_adv, ty = torch.from_numpy(f), torch.from_numpy(f_adv), torch.from_numpy(y)
     pairs = [cosine(c[j], c[k]) for j in range(len(c)) for k in range(len(c)) if j != k]
     same(losses.mean_repulsion(head.prototypes), np.mean(pairs))
-    rivals = [max((k for k in range(len(c)) if k != label), key=lambda k: features @ c[k]) for features, label in zip(f, y)]
-    same(losses.sample_repulsion(tf, ty, head.prototypes), np.mean([cosine(c[label], c[k]) for label, k in zip(y, rivals)]))
+    rivals = [max((k for k in range(len(c)) if k != label), key=lambda k: features @ c[k])
+              for features, label in zip(f, y)]
+    same(losses.sample_repulsion(tf, ty, head.prototypes),
+         np.mean([cosine(c[label], c[k]) for label, k in zip(y, rivals)]))
     same(losses.half_distance(tf, tf_adv), np.mean([0.5 * sum((a - b) ** 2) for a, b in zip(f, f_adv)]))
 
 
 def test_methods_from_images(digits, net, batch):
     "The methods' own losses, from images, in evaluation mode so that the reference sees the same features."
     x, y = batch[0].double(), batch[1]
-    x_adv = (x + 0.1 * torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    x_adv = (x + 0.1 * torch.randn(x.shape, dtype=torch.float64,
+                                   generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     torch.manual_seed(0)
     linear = LinearNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std).double().eval()
     net = net.double().eval()
@@ -126,7 +130,8 @@ def test_trades_ascends_its_own_divergence(digits, batch):
     reference = (x + 0.001 * noise).clamp(0, 1)
     for _ in range(5):
         reference = reference.detach().requires_grad_()
-        divergence = torch.nn.functional.kl_div(model(reference).log_softmax(1), model(x).softmax(1).detach(), reduction="sum")
+        divergence = torch.nn.functional.kl_div(model(reference).log_softmax(1), model(x).softmax(1).detach(),
+                                                reduction="sum")
         gradient, = torch.autograd.grad(divergence, reference)
         reference = reference.detach() + 0.05 * gradient.sign()
         reference = torch.min(torch.max(reference, x - 0.2), x + 0.2).clamp(0, 1)

@@ -39,7 +39,8 @@ def trained(method, backbone, awp):
     torch.manual_seed(0)
     net = make_net(method, backbone, 10, digits.mean, digits.std).double()
     loss = METHODS[method](**({} if method in ("standard", "DPNP") else dict(eps=0.2, steps=2)))
-    trainer = Trainer(net, loss, digits, epochs=1, batch_size=64, padding=1, val_size=200, lr=0.05, awp=float(awp), device="cpu", quiet=True)
+    trainer = Trainer(net, loss, digits, epochs=1, batch_size=64, padding=1, val_size=200, lr=0.05, awp=float(awp),
+                      device="cpu", quiet=True)
     lines = []
     for _, (x, y) in zip(range(10), trainer.loader.epoch(0)):
         lines.append({name: value.item() for name, value in trainer.step(x, y).items()})
@@ -47,7 +48,8 @@ def trained(method, backbone, awp):
 
 
 @pytest.mark.parametrize("method, backbone, awp", [
-    ("Adv-DPNP", "cifar_resnet8", 0.0), ("Adv-DPNP", "cifar_resnet8", 0.005), ("TRADES", "cifar_resnet8", 0.0), ("MART", "cifar_preactresnet18", 0.0),
+    ("Adv-DPNP", "cifar_resnet8", 0.0), ("Adv-DPNP", "cifar_resnet8", 0.005), ("TRADES", "cifar_resnet8", 0.0),
+    ("MART", "cifar_preactresnet18", 0.0),
 ])
 def test_two_processes_have_the_losses_of_one(method, backbone, awp, tmp_path):
     if backbone == "cifar_preactresnet18":
@@ -56,7 +58,8 @@ def test_two_processes_have_the_losses_of_one(method, backbone, awp, tmp_path):
     else:
         (tmp_path / "script.py").write_text(SCRIPT)
     path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent)])}
-    done = subprocess.run([*TORCHRUN, tmp_path / "script.py", method, backbone, str(awp)], capture_output=True, text=True, env=ENV | path)
+    done = subprocess.run([*TORCHRUN, tmp_path / "script.py", method, backbone, str(awp)], capture_output=True,
+                          text=True, env=ENV | path)
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads(re.search(r"LINES (.*)", done.stdout)[1])
     one = trained(method, backbone, awp)
@@ -69,9 +72,12 @@ def test_two_processes_have_the_losses_of_one(method, backbone, awp, tmp_path):
 
 def train(folder, *more, processes=2, **kwargs):
     start = TORCHRUN if processes == 2 else [sys.executable]
-    command = [*start, "-m", "advdpnp", "train", "PGD-AT", "--preset", "quick", "--device", "cpu", "--data-dir", folder, "--quiet",
-               "--set", "epochs=2", "--set", "test_images=60", "--set", "autoattack_images=4", "--set", "check_images=20", *more]
-    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **kwargs)
+    command = [*start, "-m", "advdpnp", "train", "PGD-AT", "--preset", "quick", "--device", "cpu", "--data-dir",
+               folder, "--quiet",
+               "--set", "epochs=2", "--set", "test_images=60", "--set", "autoattack_images=4", "--set",
+               "check_images=20", *more]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=ENV, **kwargs)
 
 
 def test_the_command_under_torchrun_writes_one_record(tmp_path):
@@ -87,7 +93,8 @@ def test_the_command_under_torchrun_writes_one_record(tmp_path):
     process.communicate()
     alone = json.loads(next((tmp_path / "one").rglob("result.json")).read_text())
     assert alone["config_hash"] == record["config_hash"] and alone["trained_with"]["processes"] == 1
-    assert alone["history"][0]["loss"] == pytest.approx(record["history"][0]["loss"], abs=0.02)  # later, flipped signs of the attack have grown
+    # later, flipped signs of the attack have grown
+    assert alone["history"][0]["loss"] == pytest.approx(record["history"][0]["loss"], abs=0.02)
 
 
 def test_a_killed_worker_ends_the_job_and_leaves_a_state_to_go_on_from(tmp_path):
@@ -139,7 +146,8 @@ def test_a_stream_trains_like_the_images_it_is_made_of(digits):
     "Batches of a timm loader over a folder of images, through the same trainer."
     x, y = torch.from_numpy(digits.x_train[:256]).permute(0, 3, 1, 2), torch.from_numpy(digits.y_train[:256])
     nets = []
-    for batches in ([(x[i : i + 64], y[i : i + 64]) for i in range(0, 256, 64)], [(x[i : i + 64].float() / 255, y[i : i + 64].int()) for i in range(0, 256, 64)]):
+    for batches in ([(x[i : i + 64], y[i : i + 64]) for i in range(0, 256, 64)],
+                    [(x[i : i + 64].float() / 255, y[i : i + 64].int()) for i in range(0, 256, 64)]):
         torch.manual_seed(0)
         net = make_net("PGD-AT", "cifar_resnet8", 10, digits.mean, digits.std)
         trainer = Trainer(net, PGDAT(0.2, 2), digits, stream=batches, epochs=2, device="cpu", quiet=True)
@@ -158,7 +166,8 @@ def test_timms_loader_of_a_folder_of_images(tmp_path):
         for i in range(8):
             PIL.Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / label / f"{i}.png")
     loader = create_loader(create_dataset("", tmp_path), (3, 32, 32), 4, is_training=True, use_prefetcher=False,
-                           mean=(0, 0, 0), std=(1, 1, 1), num_workers=0, persistent_workers=False)  # images stay in [0, 1]
+                           # images stay in [0, 1]
+                           mean=(0, 0, 0), std=(1, 1, 1), num_workers=0, persistent_workers=False)
     held = load_dataset(f"{tmp_path}/")
     held = held.__class__("held", held.x_test[:0, :32, :32], held.y_test[:0], held.x_test[:, :32, :32], held.y_test)
     torch.manual_seed(0)
@@ -170,7 +179,8 @@ def test_timms_loader_of_a_folder_of_images(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_never_waits_inside_an_epoch(digits):
     net = make_net("Adv-DPNP", "cifar_resnet8", 10, digits.mean, digits.std)
-    trainer = Trainer(net, AdvDPNP(0.2, 3), digits, epochs=1, batch_size=64, precision="bf16", device="cuda", quiet=True)
+    trainer = Trainer(net, AdvDPNP(0.2, 3), digits, epochs=1, batch_size=64, precision="bf16",
+                      device="cuda", quiet=True)
     batches = list(trainer.loader.epoch(0))
     trainer.step(*batches[0])  # folding looks once whether it may
     torch.cuda.set_sync_debug_mode("error")
@@ -186,7 +196,8 @@ def test_a_compiled_network_trains_like_the_plain_one(digits):
     for compiled in (False, True):
         torch.manual_seed(0)
         net = make_net("Adv-DPNP", "cifar_resnet8", 10, digits.mean, digits.std).double()
-        trainer = Trainer(net, AdvDPNP(0.2, 1), digits, epochs=1, batch_size=64, compile=compiled, device="cpu", quiet=True)
+        trainer = Trainer(net, AdvDPNP(0.2, 1), digits, epochs=1, batch_size=64, compile=compiled,
+                          device="cpu", quiet=True)
         lines = []
         for _, (x, y) in zip(range(3), trainer.loader.epoch(0)):
             lines.append(trainer.step(x, y)["loss"].item())

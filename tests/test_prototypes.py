@@ -27,7 +27,8 @@ def test_norm_survives_any_optimiser(optimiser, norm):
     step = OPTIMISERS[optimiser](head.parameters())
     start = head.prototypes.detach().clone()
     for _ in range(100):
-        loss = F.cross_entropy(head(torch.randn(16, 64)), torch.randint(10, (16,))) + negative_repulsion(head.prototypes)
+        loss = F.cross_entropy(head(torch.randn(16, 64)),
+                               torch.randint(10, (16,))) + negative_repulsion(head.prototypes)
         step.zero_grad()
         loss.backward()
         step.step()

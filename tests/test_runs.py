@@ -15,7 +15,8 @@ from advdpnp.training import Trainer
 
 FEW = dict(epochs=1, test_images=30, autoattack_images=2, check_images=10)
 RESULTS = Path(__file__).parent.parent / "data/results"
-TINY = FEW | dict(dataset="digits", arch="cifar_resnet8", side=None, train_images=None, val_size=100, padding=0, last_autoattack_images=2)
+TINY = FEW | dict(dataset="digits", arch="cifar_resnet8", side=None, train_images=None, val_size=100, padding=0,
+                  last_autoattack_images=2)
 
 
 @pytest.fixture
@@ -41,7 +42,8 @@ def test_a_run_keeps_the_precision_it_began_with_on_any_machine(tmp_path, machin
         with pytest.raises(ValueError, match=f"no records of kind {kind}"):
             other.adopt(wrong, kind)
     asked = make_config("standard", "small", device="cpu", precision="bf16", **TINY)
-    assert asked["changes"] != here["changes"] and ledger.result(asked) is None  # who asks for a precision gets a run of its own
+    # who asks for a precision gets a run of its own
+    assert asked["changes"] != here["changes"] and ledger.result(asked) is None
 
 
 def test_of_records_that_are_not_all_good_none_is_taken_in(tmp_path):
@@ -74,7 +76,8 @@ def test_what_another_process_has_finished_in_the_meantime_is_left_as_it_is(tmp_
 
 
 def test_what_another_process_has_done_in_the_meantime_is_gone_on_from(tmp_path, monkeypatch):
-    ledger, config = Ledger(tmp_path, "cpu", quiet=True), make_config("standard", "quick", device="cpu", **FEW | dict(epochs=2))
+    ledger = Ledger(tmp_path, "cpu", quiet=True)
+    config = make_config("standard", "quick", device="cpu", **FEW | dict(epochs=2))
     behind, trainer, step, seen = Ledger(tmp_path, "cpu", quiet=True), Ledger.trainer, Trainer.step, []
 
     def overtaken(self, config):
@@ -115,7 +118,8 @@ def test_a_trade_off_that_ran_out_of_time_goes_on(tmp_path):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path, jobs):
     ledger = Ledger(tmp_path, "cpu", quiet=True)
-    wild, fine = (make_config("standard", "quick", seed, "cpu", **FEW, **change) for seed, change in ((0, dict(lr=1e8)), (1, {})))
+    wild = make_config("standard", "quick", 0, "cpu", **FEW, lr=1e8)
+    fine = make_config("standard", "quick", 1, "cpu", **FEW)
     with pytest.raises(FloatingPointError, match="not finite"):
         ledger.run_all([wild, fine], jobs)
     assert [status(ledger.folder(config))[0] for config in (wild, fine)] == ["failed", "finished"]
@@ -166,7 +170,8 @@ def test_a_run_of_older_settings_that_nobody_asks_for_is_left_out(tmp_path, monk
 
 
 def test_a_run_is_one_process_s_until_that_is_gone(tmp_path):
-    hold = "import sys, time; from pathlib import Path; from advdpnp.runs import at_work\nwith at_work(Path(sys.argv[1])): print('at work', flush=True); time.sleep(60)"
+    hold = ("import sys, time; from pathlib import Path; from advdpnp.runs import at_work\n"
+            "with at_work(Path(sys.argv[1])): print('at work', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "at work\n"
         assert worker(tmp_path).startswith(f"process {other.pid} on ") and status(tmp_path)[0] == "running"
@@ -213,7 +218,8 @@ def test_what_is_damaged_or_lost_is_said(tmp_path):
 
 def test_a_complete_table_takes_the_place_of_its_part(tmp_path, monkeypatch):
     monkeypatch.setitem(advdpnp.runs.PRESETS, "quick", advdpnp.runs.PRESETS["quick"] | FEW)
-    monkeypatch.setattr(advdpnp.tables, "METHODS", {name: advdpnp.tables.METHODS[name] for name in ("standard", "DPNP")})
+    monkeypatch.setattr(advdpnp.tables, "METHODS",
+                        {name: advdpnp.tables.METHODS[name] for name in ("standard", "DPNP")})
     make = lambda methods: make_table(1, "quick", methods=methods, device="cpu", data_dir=tmp_path, jobs=1, quiet=True)
     assert make("standard").stem.name == "table1.quick.partial" and list((tmp_path / "results").glob("*.partial.*"))
     assert make("").stem.name == "table1.quick" and not list((tmp_path / "results").glob("*.partial.*"))
@@ -222,20 +228,27 @@ def test_a_complete_table_takes_the_place_of_its_part(tmp_path, monkeypatch):
 def test_a_chosen_setting_is_one_row_of_the_trade_off(tmp_path):
     adopt(RESULTS / "table7.quick.json", tmp_path, "cpu")
     table = make_table(7, "quick", methods="TRADES beta=1", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True)
-    assert table.stem.name == "table7.quick" and len(table.records) == len(json.loads((RESULTS / "table7.quick.json").read_text()))
+    assert table.stem.name == "table7.quick"
+    assert len(table.records) == len(json.loads((RESULTS / "table7.quick.json").read_text()))
 
 
 def test_an_ablation_is_compared_seed_by_seed(tmp_path):
     for name in ("table1.small.json", "table6.small.partial.json", "table6.small.json"):
         if (RESULTS / name).exists():
             adopt(RESULTS / name, tmp_path, "cpu")
-    seeds = lambda number, **asked: {r["seed"] for r in make_table(number, "small", methods="Adv-DPNP", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True, **asked).records}
+    def seeds(number, **asked):
+        table = make_table(number, "small", methods="Adv-DPNP", time_limit=0, device="cpu", data_dir=tmp_path,
+                           quiet=True, **asked)
+        return {r["seed"] for r in table.records}
+
     assert seeds(1) == {0, 1, 2} and seeds(6) == {0} and seeds(6, seeds="0, 1") == {0, 1}
 
 
 def test_a_script_that_lacks_the_guard_is_told_so(tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(f"from advdpnp.runs import Ledger, make_config\n"
-                      f"Ledger({str(tmp_path)!r}, 'cpu', quiet=True).run_all([make_config('standard', 'quick', seed, 'cpu') for seed in (0, 1)], jobs=2)\n")
+                      f"Ledger({str(tmp_path)!r}, 'cpu', quiet=True).run_all([make_config('standard', 'quick', seed, "
+                      f"'cpu') for seed in (0, 1)], jobs=2)\n")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert done.returncode and 'a script starts runs outside of `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
+    assert done.returncode
+    assert 'a script starts runs outside of `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]

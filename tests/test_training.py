@@ -34,7 +34,11 @@ def numbers(folder):
     "What a run came to, without the clock."
     record = Ledger(folder, device="cpu").result(make_config(**CONFIG))
     history = [{k: v for k, v in line.items() if k != "seconds"} for line in record["history"]]
-    return history, *[(record[which]["sha256"], record[which]["metrics"], record[which]["logits"]) for which in ("best", "last")], record["best"]["curve"]
+    return (
+        history,
+        *[(record[which]["sha256"], record[which]["metrics"], record[which]["logits"]) for which in ("best", "last")],
+        record["best"]["curve"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +73,10 @@ def test_killed_by_the_system_twice(through, tmp_path):
 
 
 def test_killed_at_every_write(tmp_path, monkeypatch):
-    "The process ends at its n-th file, before or after it is in place, for every n; a new one goes on to the same result."
-    config, real, count = make_config("DPNP", "quick", device="cpu", epochs=2, test_images=50, autoattack_images=2, check_images=10), os.replace, 0
+    "The process ends at its n-th file, before or after it is in place, for every n; a new one ends with the same."
+    config = make_config("DPNP", "quick", device="cpu", epochs=2, test_images=50, autoattack_images=2, check_images=10)
+    real = os.replace
+    count = 0
 
     class Killed(BaseException):
         pass
@@ -91,7 +97,10 @@ def test_killed_at_every_write(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "replace", replace)
         return Ledger(folder, device="cpu", quiet=True).run(config)
 
-    essence = lambda record: [(record[w]["sha256"], record[w]["metrics"]) for w in ("best", "last")] + [record["best"]["curve"], [line["loss"] for line in record["history"]]]
+    essence = lambda record: (
+        [(record[w]["sha256"], record[w]["metrics"]) for w in ("best", "last")]
+        + [record["best"]["curve"], [line["loss"] for line in record["history"]]]
+    )
     expected = essence(run(tmp_path / "through"))
     writes = count
     assert writes > 11  # config, four files an epoch, that it is trained, the verdicts of every attack, result
@@ -114,7 +123,8 @@ def test_log_has_a_line_an_epoch(through):
 def trainer(digits, folder=None, **settings):
     torch.manual_seed(0)
     net = PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std)
-    return Trainer(net, AdvDPNP(eps=0.2, steps=1), digits, folder=folder, device="cpu", quiet=True, **(dict(epochs=2, val_attack=PGD(0.2, steps=1)) | settings))
+    return Trainer(net, AdvDPNP(eps=0.2, steps=1), digits, folder=folder, device="cpu", quiet=True,
+                   **(dict(epochs=2, val_attack=PGD(0.2, steps=1)) | settings))
 
 
 def test_time_limit_and_exact_resume_in_the_middle_of_an_epoch(digits, tmp_path):
@@ -159,7 +169,8 @@ def test_global_randomness_is_left_alone(digits):
 
 def test_bits_do_not_depend_on_who_trains(tmp_path):
     "Side by side in two processes, or one after the other in this one: the same weights."
-    configs = [make_config(method, "quick", device="cpu", epochs=1, test_images=50, autoattack_images=2, check_images=10) for method in ("standard", "DPNP")]
+    configs = [make_config(method, "quick", device="cpu", epochs=1, test_images=50, autoattack_images=2,
+                           check_images=10) for method in ("standard", "DPNP")]
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -172,7 +183,9 @@ def test_bits_do_not_depend_on_who_trains(tmp_path):
 
 
 def test_a_checkpoint_that_was_not_measured_is_refused(tmp_path):
-    ledger, config = Ledger(tmp_path, device="cpu", quiet=True), make_config("standard", "quick", device="cpu", epochs=1, test_images=50, autoattack_images=2, check_images=10)
+    ledger = Ledger(tmp_path, device="cpu", quiet=True)
+    config = make_config("standard", "quick", device="cpu", epochs=1, test_images=50, autoattack_images=2,
+                         check_images=10)
     ledger.run(config)
     path = ledger.folder(config) / "best.safetensors"
     ledger.model(config)
@@ -190,11 +203,13 @@ def test_every_method_takes_a_step_on_colour_images(method):
     import numpy as np
 
     rng = np.random.default_rng(0)
-    data = Dataset("colour", rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), np.arange(40) % 4, rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), np.arange(8) % 4)
+    data = Dataset("colour", rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), np.arange(40) % 4,
+                   rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), np.arange(8) % 4)
     cls = METHODS[method]
     net = make_net(method, "cifar_resnet8", 4, data.mean, data.std)
     before = net.backbone.conv1.weight.detach().clone()
-    t = Trainer(net, cls(**({"eps": 8 / 255, "steps": 1} if "eps" in cls.__dataclass_fields__ else {})), data, epochs=1, batch_size=16, device="cpu", quiet=True)
+    t = Trainer(net, cls(**({"eps": 8 / 255, "steps": 1} if "eps" in cls.__dataclass_fields__ else {})), data, epochs=1,
+                batch_size=16, device="cpu", quiet=True)
     assert t.fit() and t.config["flip"] and t.config["padding"] == 2
     assert not torch.equal(before, net.backbone.conv1.weight)
 
@@ -202,13 +217,15 @@ def test_every_method_takes_a_step_on_colour_images(method):
 def test_a_folder_of_another_run_is_refused_and_untouched(digits, tmp_path):
     trainer(digits, tmp_path).fit()
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    for settings, message in [(dict(lr=0.05), "lr is 0.1 there, 0.05 here"), (dict(epochs=3), "epochs is 2 there, 3 here"), (dict(seed=4), "seed is 0 there, 4 here")]:
+    for settings, message in [(dict(lr=0.05), "lr is 0.1 there, 0.05 here"),
+                              (dict(epochs=3), "epochs is 2 there, 3 here"), (dict(seed=4), "seed is 0 there, 4 here")]:
         with pytest.raises(ValueError, match=f"holds another run: .*{message}.*Choose another folder"):
             trainer(digits, tmp_path, **settings)
     torch.manual_seed(0)
     wider = PrototypeNet("cifar_resnet8", 10, norm=5.0, mean=digits.mean, std=digits.std)
     with pytest.raises(ValueError, match="net.head is .*norm=2.4.* there, .*norm=5"):
-        Trainer(wider, AdvDPNP(eps=0.2, steps=1), digits, folder=tmp_path, epochs=2, val_attack=PGD(0.2, steps=1), device="cpu")
+        Trainer(wider, AdvDPNP(eps=0.2, steps=1), digits, folder=tmp_path, epochs=2,
+                val_attack=PGD(0.2, steps=1), device="cpu")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -228,21 +245,26 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(digits, t
     good = (tmp_path / "state.pt").read_bytes()
     t.epochs, t.lr = 3, float("inf")
     t.save_every = 0.0  # it tries to save after the very step that breaks the network
-    with pytest.raises(FloatingPointError, match=r"the network is not finite at epoch 2, batch 1: loss .*, ce .*A lower learning rate may help"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the network is not finite at epoch 2, batch 1: loss .*, ce .*A lower learning rate may help",
+    ):
         t.fit()
     assert (tmp_path / "state.pt").read_bytes() == good
     assert torch.isfinite(trainer(digits, tmp_path, epochs=3).weights("last")["head.directions"]).all()
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: make_config("ADVDPNP", "quick", device="cpu"), "unknown method 'ADVDPNP'.*There are: standard, PGD-AT, TRADES, MART, DPNP, dual-branch linear, Adv-DPNP"),
+    (lambda: make_config("ADVDPNP", "quick", device="cpu"),
+     "unknown method 'ADVDPNP'.*There are: standard, PGD-AT, TRADES, MART, DPNP, dual-branch linear, Adv-DPNP"),
     (lambda: make_config("Trades", "quick", device="cpu"), "did you mean 'TRADES'"),
     (lambda: make_config("TRADES", "qiuck", device="cpu"), "unknown preset 'qiuck': did you mean 'quick'"),
     (lambda: make_config("TRADES", "quick", device="cpu", alignment=1), "unknown parameter 'alignment'"),
     (lambda: make_config("PGD-AT", "quick", device="cpu", epoch=1), "unknown parameter 'epoch': did you mean 'epochs'"),
     (lambda: make_config("TRADES", "quick", device="cpu", beta=float("nan")), "beta is nan"),
     (lambda: make_config("TRADES", "quick", device="cpu", beta=-1.0), "beta is -1.0: expected a finite weight"),
-    (lambda: make_config("dual-branch linear", "quick", device="cpu", consistency=-1.0), "consistency is -1.0: expected a finite weight"),
+    (lambda: make_config("dual-branch linear", "quick", device="cpu", consistency=-1.0),
+     "consistency is -1.0: expected a finite weight"),
     (lambda: make_config("PGD-AT", "quick", device="cpu", eps=8.0), "eps is 8.0: expected 0 to 1"),
     (lambda: make_config("PGD-AT", "quick", device="cpu", epochs=0), "epochs is 0: expected at least 1"),
 ])
@@ -253,8 +275,10 @@ def test_bad_configurations(make, message):
 
 def test_bad_runs_leave_nothing(tmp_path):
     ledger = Ledger(tmp_path, device="cpu")
-    for changes, message in [(dict(dataset="digitz"), "unknown data set 'digitz': did you mean 'digits'"), (dict(arch="cifar_resnet9"), "unknown architecture 'cifar_resnet9'"),
-                             (dict(eps=-0.1), "eps is -0.1"), (dict(schedule="cosine"), "unknown schedule"), (dict(norm=-2.0), "norm is -2.0"), (dict(val_size=5000), "cannot hold 5000")]:
+    for changes, message in [(dict(dataset="digitz"), "unknown data set 'digitz': did you mean 'digits'"),
+                             (dict(arch="cifar_resnet9"), "unknown architecture 'cifar_resnet9'"),
+                             (dict(eps=-0.1), "eps is -0.1"), (dict(schedule="cosine"), "unknown schedule"),
+                             (dict(norm=-2.0), "norm is -2.0"), (dict(val_size=5000), "cannot hold 5000")]:
         with pytest.raises(ValueError, match=message):
             ledger.run(make_config("Adv-DPNP", "quick", device="cpu", **changes))
     assert list(tmp_path.iterdir()) == []
@@ -264,7 +288,8 @@ def test_bad_runs_leave_nothing(tmp_path):
 
 def test_configurations_that_differ_have_folders_and_hashes_that_differ(tmp_path):
     ledger = Ledger(tmp_path, device="cpu")
-    configs = [make_config("Adv-DPNP", "quick", device="cpu", **c) for c in ({}, dict(norm=5.0), dict(lr=0.3), dict(lr=0.3, norm=5.0), dict(seed=1))]
+    configs = [make_config("Adv-DPNP", "quick", device="cpu", **c)
+               for c in ({}, dict(norm=5.0), dict(lr=0.3), dict(lr=0.3, norm=5.0), dict(seed=1))]
     assert len({ledger.folder(c) for c in configs}) == len({config_hash(c) for c in configs}) == len(configs)
     assert ledger.folder(configs[0]) == tmp_path / "runs/digits/Adv-DPNP-cifar_resnet8-quick-s0"
 
@@ -272,7 +297,8 @@ def test_configurations_that_differ_have_folders_and_hashes_that_differ(tmp_path
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_trains_in_bf16_and_resumes(digits, tmp_path):
     torch.manual_seed(0)
-    make = lambda: Trainer(PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std), AdvDPNP(eps=0.2, steps=2), digits,
+    make = lambda: Trainer(PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std),
+                           AdvDPNP(eps=0.2, steps=2), digits,
                            epochs=4, device="cuda", precision="bf16", folder=tmp_path, quiet=True)
     assert make().fit(time_limit=0) is False
     resumed = make()
@@ -285,7 +311,8 @@ def test_weight_perturbation_and_averages_survive_an_interruption(tmp_path):
     def trainer(folder):
         torch.manual_seed(0)
         net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
-        return Trainer(net, PGDAT(0.2, steps=2), digits, epochs=2, batch_size=128, padding=0, val_size=200, awp=0.005, ema=0.9,
+        return Trainer(net, PGDAT(0.2, steps=2), digits, epochs=2, batch_size=128, padding=0, val_size=200,
+                       awp=0.005, ema=0.9,
                        val_attack=PGD(0.2, steps=2), folder=folder, quiet=True, device="cpu")
 
     whole = trainer(tmp_path / "whole")
@@ -303,7 +330,8 @@ def test_averaged_weights_are_the_running_mean():
     digits, seen = load_dataset("digits"), []
     torch.manual_seed(0)
     net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
-    trainer = Trainer(net, Standard(), digits, epochs=1, batch_size=256, padding=0, val_size=200, ema=0.7, val_attack=PGD(0.2, steps=1), quiet=True, device="cpu")
+    trainer = Trainer(net, Standard(), digits, epochs=1, batch_size=256, padding=0, val_size=200, ema=0.7,
+                      val_attack=PGD(0.2, steps=1), quiet=True, device="cpu")
     trainer.update.optimizer.register_step_post_hook(lambda *_: seen.append(net.head.weight.detach().clone()))
     trainer.fit()
     mean = seen[0]
@@ -321,7 +349,8 @@ def test_a_partly_frozen_network_takes_a_step_with_perturbed_weights(digits):
 
 
 def test_a_network_of_other_classes_or_channels_is_refused(digits):
-    for net, message in ((LinearNet("cifar_resnet8", 12, digits.mean, digits.std), "the network has 12 classes, digits has 10"),
+    for net, message in ((LinearNet("cifar_resnet8", 12, digits.mean, digits.std),
+                          "the network has 12 classes, digits has 10"),
                          (LinearNet("cifar_resnet8", 10), r"images are \(128, 1, 8, 8\), expected 3 channels")):
         with pytest.raises(ValueError, match=message):
             Trainer(net, Standard(), digits, device="cpu", quiet=True).fit()
@@ -334,7 +363,8 @@ def test_weights_can_be_read_by_others(digits, tmp_path):
 
 
 def test_an_archive_that_is_not_to_be_mirrored_is_trained_on_in_a_folder(digits, tmp_path):
-    np.savez(tmp_path / "letters.npz", x_train=digits.x_train, y_train=digits.y_train, x_test=digits.x_test, y_test=digits.y_test, flip=False)
+    np.savez(tmp_path / "letters.npz", x_train=digits.x_train, y_train=digits.y_train, x_test=digits.x_test,
+             y_test=digits.y_test, flip=False)
     trainer(load_dataset("letters", tmp_path), tmp_path / "run", epochs=1).fit()
     assert json.loads((tmp_path / "run/config.json").read_text())["flip"] is False
 
@@ -346,7 +376,8 @@ def test_weight_perturbation_is_a_gradient_at_another_place():
     x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(3, (20,))
     loss = lambda: torch.nn.functional.cross_entropy(net(x), y)
     by_hand = copy.deepcopy(net)
-    for weight, gradient in zip((by_hand[0].weight, by_hand[2].weight), torch.autograd.grad(loss(), (net[0].weight, net[2].weight))):
+    for weight, gradient in zip((by_hand[0].weight, by_hand[2].weight),
+                                torch.autograd.grad(loss(), (net[0].weight, net[2].weight))):
         weight.data += 0.01 * weight.norm() / gradient.norm() * gradient  # biases stay
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(by_hand(x), y), list(by_hand.parameters()))
     before = [p.detach().clone() for p in net.parameters()]

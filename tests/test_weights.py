@@ -19,7 +19,8 @@ def test_there_are_some():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_network_can_be_loaded_by_name_and_its_card_speaks_of_it(name):
-    said, card = (json.loads((DATA / "weights" / name / "config.json").read_text()), (DATA / "weights" / name / "README.md").read_text())
+    said = json.loads((DATA / "weights" / name / "config.json").read_text())
+    card = (DATA / "weights" / name / "README.md").read_text()
     net = load_weights(name, DATA)  # compares the sha256
     assert not net.training and said["sha256"]["best.safetensors"] in card and f'load_weights("{name}")' in card
     for metric in ("clean", "pgd20"):
@@ -31,7 +32,8 @@ def test_a_network_is_as_accurate_as_its_card_says(name, packed):
     said = json.loads((DATA / "weights" / name / "config.json").read_text())
     config = said["run"]
     dataset = load_dataset(config["dataset"], packed(config["dataset"]))
-    found = remeasured(load_weights(name, DATA), averaged(dataset, config["side"]) if config["side"] else dataset, config)
+    found = remeasured(load_weights(name, DATA), averaged(dataset, config["side"]) if config["side"]
+                       else dataset, config)
     assert len(found["clean"]) == IMAGES
     for metric in ("clean", "pgd20"):
         assert abs(accuracy(found[metric])["accuracy"] - said["measured"][metric]["accuracy"]) <= 0.5
