@@ -35,23 +35,25 @@ KINDS = {4: "corruptions", 5: "geometry", 7: "tradeoff"}  # the records they sho
 FEW = "PGD-AT, TRADES, dual-branch linear, Adv-DPNP"  # tables 2 and 3 without a GPU
 _ABLATION = {  # to what is not as in Adv-DPNP
     "Adv-DPNP": dict(),
-    "no alignment": dict(alignment=0.0),
-    "no repulsion": dict(repulsion=0.0),
-    "no consistency": dict(consistency=0.0),
     "both branches move prototypes": dict(clean_only_update=False),
     "batch statistics shared": dict(shared_batch=True),
-    "repulsion from a sample's rival": dict(repulsion_form="sample"),
-    "α = 10": dict(norm=10.0),
-    "alignment = 0.1": dict(alignment=0.1),
+    "no alignment": dict(alignment=0.0),
     "alignment = 0.03": dict(alignment=0.03),
+    "alignment = 0.1": dict(alignment=0.1),
     "alignment = 0.3": dict(alignment=0.3),
-    "consistency of logits": dict(consistency_form="logits"),
+    "no repulsion": dict(repulsion=0.0),
+    "repulsion from a sample's rival": dict(repulsion_form="sample"),
     "repulsion of all pairs": dict(repulsion_form="mean"),
+    "no consistency": dict(consistency=0.0),
+    "consistency of logits": dict(consistency_form="logits"),
     "consistency of features": dict(consistency_form="features"),
     "α = 1.25": dict(norm=1.25),
     "α = 2.5": dict(norm=2.5),
     "α = 5": dict(norm=5.0),
+    "α = 10": dict(norm=10.0),
 }
+_QUICK = ["Adv-DPNP", "both branches move prototypes", "batch statistics shared", "no alignment", "no repulsion",
+        "repulsion from a sample's rival", "no consistency", "α = 10"]  # with quick
 _SWEEPS = {  # what trades clean for robust accuracy
     "PGD-AT": dict(),
     "TRADES": dict(beta=(1.0, 3.0, 6.0, 12.0)),
@@ -82,8 +84,8 @@ def table_runs(
     dataset = dataset or ("digits" if preset == "quick" else about)
     rows = [name.strip() for name in methods.split(",") if name.strip()]
     if number in ROWS:
-        usual = [*ROWS[number]][: 8 if (number, preset) == (6, "quick") else None]
-        rows = [one_of(row, ROWS[number], f"row of table {number}") for row in rows] or usual
+        usual = _QUICK if (number, preset) == (6, "quick") else ROWS[number]
+        rows = [one_of(row, ROWS[number], f"row of table {number}") for row in rows] or list(usual)
     elif not rows:
         rows = FEW.split(", ") if preset == "small" and number in (2, 3) else [*METHODS]
     if str(seeds) == "auto":
