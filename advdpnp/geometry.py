@@ -64,8 +64,8 @@ def discriminability(
     distances = cdist(f, means)
     own = distances[np.arange(len(y)), place]
     others = np.where(np.arange(len(classes)) == place[:, None], np.inf, distances)
-    cosine = (f * means[place]).sum(1) / np.maximum(np.linalg.norm(f, axis=1) * np.linalg.norm(means,
-                                                                                               axis=1)[place], 1e-12)
+    lengths = np.linalg.norm(f, axis=1) * np.linalg.norm(means, axis=1)[place]
+    cosine = (f * means[place]).sum(1) / np.maximum(lengths, 1e-12)
     spread, apart = by_class(own), cdist(means, means)
     within, between = by_class(own**2).mean(), ((means - means.mean(0)) ** 2).sum(1).mean()
     left_out = own * (counts / (counts - 1))[place]  # from the mean of the others of its class

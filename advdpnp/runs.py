@@ -197,12 +197,11 @@ def provenance(
         commit = git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "."))
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    gpu = device.type == "cuda"
+    gpu, threads = device.type == "cuda", torch.get_num_threads()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return dict(version=advdpnp.__version__, commit=commit, versions=versions, cuda=torch.version.cuda,
                 processor=processor(),
-                device=torch.cuda.get_device_name(device) if gpu
-                else f"CPU, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1),
+                device=torch.cuda.get_device_name(device) if gpu else f"CPU, {threads} thread" + "s" * (threads > 1),
                 # what a GPU's convolutions in float32 are really in, outside evaluation
                 tf32=gpu and torch.cuda.get_device_capability(device) >= (8, 0)
                 and torch.backends.cudnn.conv.fp32_precision == "tf32",
@@ -633,8 +632,8 @@ class Ledger(Runs):
                 with one_thread(self.device), at_work(folder):
                     if record := self.result(config, kind):
                         return record  # of another process, while this one waited
-                    record = about | RECORDS[kind](self, config, None if time_limit is None
-                                                   else time.time() + time_limit) | provenance(self.device)
+                    deadline = None if time_limit is None else time.time() + time_limit
+                    record = about | RECORDS[kind](self, config, deadline) | provenance(self.device)
                     with replacing(folder / f"{kind}.json") as part:
                         part.write_text(json.dumps(record, indent=1))
                     for left_over in folder.glob(f"{kind}-*.json"):
@@ -666,8 +665,8 @@ class Ledger(Runs):
             config = record["config"]
             same = {key: config.get(key) for key in ("dataset", "arch", *config["changes"])}
             now = make_config(config["method"], config["preset"], config["seed"], self.device, **same)
-            taken[self.adopted(now, kind)] = of_settings(record | dict(method=config["method"]), now,
-                                                         f"a record of {title(config)}")
+            record = record | dict(method=config["method"])
+            taken[self.adopted(now, kind)] = of_settings(record, now, f"a record of {title(config)}")
         for path, record in taken.items():  # all of them are good
             with replacing(path) as part:
                 part.write_text(json.dumps(record, indent=1))

@@ -293,13 +293,14 @@ def geometry_text(records):
     distances = numbers(anchored, {f"{state}_{name}": f"{label}, {images}"
                                    for state, images in (("clean", "clean"), ("attacked", "under PGD-20"))
                                    for name, label in ANCHORS.items()}, 2)
-    return "\n\n".join(["Clean images:", part("clean", GEOMETRY), "Under PGD-20:", part("attacked", GEOMETRY),
-                        *(["Mean distance of features to prototypes, where they are anchors:", distances]
-                          if len(anchored) else []),
-                        "Prototypes, or the weight vectors of a linear layer:", part("prototypes", ANGLES),
-                        "Class means about their centre:", part("means", ANGLES),
-                        f"{first['dataset']}, {first['arch']}, preset {first['preset']}, {first['n']} test images; "
-                        f"{made_with(records)}."])
+    anchors = ["Mean distance of features to prototypes, where they are anchors:", distances] if len(anchored) else []
+    setting = f"{first['dataset']}, {first['arch']}, preset {first['preset']}"
+    return "\n\n".join([
+        "Clean images:", part("clean", GEOMETRY), "Under PGD-20:", part("attacked", GEOMETRY), *anchors,
+        "Prototypes, or the weight vectors of a linear layer:", part("prototypes", ANGLES),
+        "Class means about their centre:", part("means", ANGLES),
+        f"{setting}, {first['n']} test images; {made_with(records)}.",
+    ])
 
 # %% ../nbs/85_tables.ipynb #c013d
 def hull(

@@ -94,8 +94,8 @@ def test_evaluation_stays_on_its_device(few, norm, tmp_path):
 
 
 def test_a_run_goes_on_on_its_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "_late", lambda self, deadline: deadline < float("inf") and (self.epoch,
-                                                                                              self.batch) == (1, 1))
+    late = lambda self, deadline: deadline < float("inf") and (self.epoch, self.batch) == (1, 1)
+    monkeypatch.setattr(Trainer, "_late", late)
 
     def run(device):
         config = make_config("Adv-DPNP", "quick", 0, device=device, epochs=2, steps=1, train_images=200, val_size=20,

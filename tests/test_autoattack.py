@@ -55,8 +55,8 @@ REFERENCES = {  # at a third of the standard length, to be quick
     "apgd-ce": (APGD(EPS, steps=30), lambda net: APGDAttack(net, n_iter=30, eps=EPS, loss="ce", seed=0)),
     "apgd-t": (APGDT(EPS, steps=30), lambda net: APGDAttack_targeted(net, n_iter=30, eps=EPS, seed=0)),
     "fab-t": (FABT(EPS, steps=30), lambda net: FABAttack_PT(net, n_iter=30, eps=EPS, targeted=True, seed=0)),
-    "square": (Square(EPS, queries=1000), lambda net: SquareAttack(net, n_queries=1000, eps=EPS, seed=0,
-                                                                   resc_schedule=False)),
+    "square": (Square(EPS, queries=1000),
+               lambda net: SquareAttack(net, n_queries=1000, eps=EPS, seed=0, resc_schedule=False)),
 }
 
 
@@ -77,8 +77,9 @@ def test_each_attack_against_the_official_one(models, loader, name, attack):
 @pytest.mark.parametrize("name", ["PGD-AT", "ConvMixer"])
 @pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 0.5)])
 @pytest.mark.parametrize("targeted", [False, True])
-def test_apgd_from_the_same_start_ends_where_the_official_one_does(models, loader, monkeypatch, name,
-                                                                   norm, eps, targeted):
+def test_apgd_from_the_same_start_ends_where_the_official_one_does(
+    models, loader, monkeypatch, name, norm, eps, targeted
+):
     "Step sizes, momentum, checkpoints and returns to the best point: a change to any of them ends elsewhere."
     net = copy.deepcopy(models[name]).double()  # otherwise rounding turns some signs
     x, y = loader.take(correct(models[name], loader).nonzero()[:, 0])
@@ -132,8 +133,8 @@ def test_pgd_against_torchattacks_and_foolbox(models, digits, name):
     found = {"ours": [], "any iterate": [], "torchattacks": [], "foolbox": []}
     for seed in range(6):  # one random start is worth a point or two
         found["ours"].append(robust(PGD(EPS, seed=seed)(net, x, y)))
-        found["any iterate"].append(100 * standing_after(net, all_, PGD(EPS), right, seed,
-                                                         quiet=True).double().mean().item())
+        standing = standing_after(net, all_, PGD(EPS), right, seed, quiet=True)
+        found["any iterate"].append(100 * standing.double().mean().item())
         torch.manual_seed(seed)
         found["torchattacks"].append(robust(torchattacks.PGD(net, eps=EPS, alpha=EPS / 4, steps=20)(x, y)))
         found["foolbox"].append(robust(attack(foolbox_net, x, y, epsilons=EPS)[1]))
