@@ -368,7 +368,7 @@ def move_budget(
     budget = (spare / delta.shape[1] + (delta * both).square().sum((2, 3), keepdim=True)).sqrt()
     length = lambda v: v.square().sum((2, 3), keepdim=True).sqrt().clamp(min=1e-12)
     new = torch.tensor(signs, device=delta.device).view(-1, 1, 1) * bump(side, flat).to(delta)
-    new += delta[to] / length(delta[to])
+    new = new + delta[to] / length(delta[to])
     delta[taken] = 0
     delta[to] = new / length(new) * budget
     return (r.x + eps * delta / per_image(delta.flatten(1).norm(dim=1).clamp(min=1e-12))).clamp(0, 1)
