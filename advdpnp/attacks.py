@@ -87,7 +87,7 @@ def untouched(
     generator: torch.Generator,  # seeds what randomness the model itself may have
 ):
     "Inside, `model` is in evaluation mode and its parameters are frozen; outside, nothing has changed."
-    # a frozen TorchScript module has none
+    # a frozen TorchScript module has no attribute training
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if generator.device.type == "cuda":  # a number read back would make the GPU wait
@@ -255,9 +255,9 @@ def folded(
             "attacks need gradients, and torch.inference_mode forbids them: expected torch.no_grad, or neither"
         )
     met, pairs = _FOLDS.get(model, ([], []))
-    # it would be compiled again
+    # folding would have a compiled model compiled again
     compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-    # the last: they are folded already
+    # the last condition: they are folded already
     if len(x) == 0 or compiled or any("forward" in vars(norm) for _, norm in pairs):
         pairs = []
     else:
@@ -528,7 +528,7 @@ def _out_of_alignment(net, x_adv, y):
 
 @dataclass(frozen=True)
 class PrototypePGD(PGD):
-    "Projected gradient ascent on distances to prototypes: the own one's less the nearest other's, then the own one's."
+    "Gradient ascent on distances to prototypes: to the own one minus to the nearest other, then to the own one alone."
 
     name = "prototype"
     objectives = (_closer_to_another, _out_of_alignment)

@@ -32,7 +32,7 @@ class CifarResNet(ResNet):
         **kwargs,  # of timm's ResNet: num_classes, drop_rate, ...
     ):
         if channels[0] % 2:
-            # of timm's deep stem, half of them
+            # timm's deep stem takes half of them
             raise ValueError(f"channels begin with {channels[0]}: expected an even number")
         super().__init__(BasicBlock, layers, channels=channels, in_chans=in_chans, stem_type="deep",
                          stem_width=channels[0] // 2, zero_init_last=False, **kwargs)
@@ -43,7 +43,7 @@ class CifarResNet(ResNet):
 
 # %% ../nbs/10_backbones.ipynb #c009
 class CifarPreActResNet(ResNetV2):
-    "timm's pre-activation ResNet with basic blocks and the same stem: one 3x3 convolution, no pooling."
+    "timm's pre-activation ResNet with basic blocks, for 8 to 64 pixels: its stem one 3x3 convolution, no pooling."
 
     def __init__(
         self,

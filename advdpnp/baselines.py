@@ -83,7 +83,7 @@ class TRADES(Adversarial):
 # %% ../nbs/55_baselines.ipynb #c016
 @dataclass(frozen=True)
 class MART(Adversarial):
-    "Boosted cross-entropy, and divergence weighted by what is misclassified (Wang et al., ICLR 2020)."
+    "Boosted adversarial cross-entropy, and divergence weighted by what is misclassified (Wang et al., ICLR 2020)."
 
     beta: float = 5.0  # weight of the divergence
 

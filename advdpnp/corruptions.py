@@ -47,8 +47,8 @@ SEVERITIES = {  # name to the parameters at severity 1 to 5 (Hendrycks & Dietter
     "glass_blur": ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),  # sigma, shift, times
     "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),  # radius, sigma
     "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),  # largest zoom
+    # mean, sd, zoom, threshold, blur's radius and sigma, blend
     "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-             # mean, sd, zoom, threshold, blur's radius and sigma, blend
              (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
     "frost": ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),  # weights of image and frost
     "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # strength, decay of the clouds' roughness
@@ -60,8 +60,8 @@ SEVERITIES = {  # name to the parameters at severity 1 to 5 (Hendrycks & Dietter
     "jpeg_compression": (80, 65, 58, 50, 40),  # quality
     "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),  # standard deviation, of what the pixel itself is multiplied by
     "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1),  # sigma
+    # mean, sd, sigma, threshold, strength, mud
     "spatter": ((0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
-                # mean, sd, sigma, threshold, strength, mud
                 (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1)),
     "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),  # factor of and addition to the saturation of HSV
 }
@@ -296,8 +296,8 @@ def _pictures(x, change):
 def pixelate(x, share, rng):
     "Fewer pixels, and back."
     h, w = x.shape[1:3]
-    few, box = (int(w * share), int(h * share)), PIL.Image.Resampling.BOX
-    return _pictures(x, lambda p: p.resize(few, box).resize((w, h), box))
+    small, box = (int(w * share), int(h * share)), PIL.Image.Resampling.BOX
+    return _pictures(x, lambda p: p.resize(small, box).resize((w, h), box))
 
 
 def jpeg_compression(x, quality, rng):
@@ -445,7 +445,7 @@ def corrupted_images(
     names=STANDARD,
     images: int | None = None,  # only the first so many test images; None: all
     seed: int = 0,  # of images made here
-    jobs: int | str = 1,  # processes; "auto": all cores, for few images one; several need an `if __name__` in a script
+    jobs: int | str = 1,  # processes; "auto": all cores, for few images one; > 1 needs `if __name__ == "__main__":`
     quiet: bool = False,  # no progress bar
 ) -> CorruptedImages:
     "The published files of CIFAR-10-C if they are there, otherwise images made by the same recipe."

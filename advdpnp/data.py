@@ -290,7 +290,7 @@ def is_path(name):
 
 
 def load_dataset(
-    name: str | Path,  # "digits", one of `OFFICIAL`, an archive in `data_dir`; a path to an .npz or a folder of images
+    name: str | Path,  # "digits", one of `OFFICIAL`, an archive in `data_dir`; with a slash or a `Path`, .npz or folder
     data_dir="data",  # folder of the archives
 ) -> Dataset:
     "Load a data set from its archive, made from the published files at the first call."
@@ -352,8 +352,7 @@ def averaged(
     h, w, _ = dataset.x_test.shape[1:]
     if side < 1 or h != w or h % side:
         raise ValueError(f"cannot average images of {dataset.name}, {h}x{w}, to {side}x{side}: expected square images "
-                         f"and one of the sides "
-                         f"{', '.join(str(n) for n in range(1, h + 1) if h % n == 0)}")
+                         f"and one of the sides {', '.join(str(n) for n in range(1, h + 1) if h % n == 0)}")
     if side == h:
         return dataset
     step = h // side
@@ -498,9 +497,9 @@ class Stream:
 
     def __init__(
         self,
-        batches,  # has a length; iterating gives an epoch: images (B, C, H, W), uint8 or in [0, 1], and labels (B,)
+        batches,  # has a length; iterating: images (B, C, H, W), uint8 or floats in [0, 1], and labels (B,)
         device="cpu",
-        seed: int | None = None,  # of what `batches` draws from PyTorch's own generator; None: that is left alone
+        seed: int | None = None,  # of what `batches` draws from PyTorch's generator, batch by batch; None: left alone
     ):
         self.batches, self.device, self.seed = batches, device, seed
 

@@ -212,8 +212,7 @@ def evaluate(
         worst = torch.stack([v[: min(limits.values())] for v in verdicts.values()]).all(0)
         metrics["worst"] = accuracy(worst)
     record = dict(dataset=dataset.name, data_sha256=dataset.sha256, n=len(y), device=str(device),
-                  batch_size=batch_size, seed=seed,
-                  metrics=metrics, logits=logit_range(logits, labels))
+                  batch_size=batch_size, seed=seed, metrics=metrics, logits=logit_range(logits, labels))
     if deadline is not None and time.time() > deadline:
         raise TimeoutError("time is up before the sanity checks")
     if attacks:

@@ -71,8 +71,7 @@ def discriminability(
     left_out = own * (counts / (counts - 1))[place]  # from the mean of the others of its class
     degrees = np.degrees(np.arccos(cosine.clip(-1, 1)))
     per_class = dict(to_own_mean=spread, within=by_class(own**2), angular_spread=by_class(degrees),
-                     to_nearest_mean=by_class(others.min(1)),
-                     silhouette=by_class(silhouette_samples(f, y)),
+                     to_nearest_mean=by_class(others.min(1)), silhouette=by_class(silhouette_samples(f, y)),
                      nearest_mean=100 * by_class(left_out < others.min(1)))
     found = dict(between=between, means_apart=pairs(apart).mean(), fisher=between / within if within else np.inf,
                  davies_bouldin=davies_bouldin_score(f, y) if pairs(apart).min() > 0 else np.inf)
@@ -136,7 +135,7 @@ def geometry(
         attacked=discriminability(attacked[0], labels, anchors, attacked[1]),
         prototypes=angles(weights.double().cpu().numpy()), means=angles(centred.double().cpu().numpy()), n=len(labels),
         pictures=dict(cosines=cosines(weights.double().cpu().numpy()).round(3).tolist(), labels=labels.tolist(),
-                      anchored=anchors is not None,
-                      clean=onto(clean[0]), attacked=onto(attacked[0]), prototypes=onto(weights),
+                      anchored=anchors is not None, clean=onto(clean[0]), attacked=onto(attacked[0]),
+                      prototypes=onto(weights),
                       distances=dict(clean=nearest(clean[0]), attacked=nearest(attacked[0]))),
     )

@@ -134,11 +134,11 @@ class AdvDPNPLoss(Supervised):
         "The terms that see adversarial features, prototypes being constants in all of them: a dict of scalars."
         fixed = self.clean_only_update
         adv_logits, prototypes = head(adv_features, detach=fixed), head.prototypes
-        apart = CONSISTENCIES[self.consistency_form]
+        distance = CONSISTENCIES[self.consistency_form]
         return dict(
             adv_ce=self.cross_entropy(adv_logits, labels),
             adv_alignment=positive_alignment(adv_features, labels, prototypes.detach() if fixed else prototypes),
-            consistency=apart(head(features, detach=fixed), adv_logits, features, adv_features),
+            consistency=distance(head(features, detach=fixed), adv_logits, features, adv_features),
         )
 
     def total(self, terms):

@@ -61,7 +61,7 @@ PRESETS = {
     "paper": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=110, batch_size=128, lr=0.1, schedule="drops",
                          padding=4, val_size=1000, steps=10, autoattack_images=None, check_images=1000),
 }
-# where not the usual
+# budgets of data sets that have not the usual one
 BUDGETS = {"digits": dict(eps=0.2), "svhn": dict(eval_step_size=1 / 255), "svhn10k": dict(eval_step_size=1 / 255)}
 
 
@@ -193,7 +193,7 @@ def provenance(
                                         text=True, check=True).stdout.strip()
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # in a repository, and in its own
-        # of the package: results may lie about changed
+        # dirty if the package is: results may lie about changed
         commit = git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "."))
     except (OSError, subprocess.CalledProcessError):
         commit = None
@@ -483,7 +483,7 @@ def chosen_by(config):
 
 
 def attacked(runs, config, deadline):
-    "The best and the last epoch of a run under every attack, and how it was trained; interrupted, it goes on."
+    "The best and the last epoch of a run under every attack, and how it was trained; it goes on from what it found."
     dataset, folder = runs.dataset(config), runs.folder(config)
     if not (folder / "state.pt").exists():
         raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: delete {folder} to "

@@ -59,7 +59,7 @@ def check_outputs(
     size = (first - first.mean(1, keepdim=True)).abs().max().clamp(min=1e-12)
     again, apart = ((first - second).abs().max() / size).item(), ((first[:4] - alone).abs().max() / size).item()
     sums = first.sum(1)
-    # also in half precision
+    # with room for half precision
     probabilities = first.min() >= -1e-5 and first.max() <= 1.01 and (sums - 1).abs().max() < 1e-2
     lead = -margin(first, y)
     far = 100 * (lead > LEAD).float().mean().item()
@@ -107,7 +107,7 @@ def slack(
 
 
 def check_attacks(
-    accuracy: dict,  # per cent: "clean", "noise", "fgsm", "worst", and if they were run "pgd20", "cw", "transfer"
+    accuracy: dict,  # per cent on the same images: "clean", "noise", "fgsm", "worst"; "pgd20", "cw", "transfer" if run
     n: int,  # images
 ) -> list[dict]:  # outcomes
     "Whether attacks that know more find more."
@@ -207,7 +207,7 @@ def check_curve(
 
 # %% ../nbs/58_sanity.ipynb #c025
 def check_square(
-    stages: dict,  # per cent standing after each of AutoAttack's stages, "square" the last; or empty
+    stages: dict,  # per cent standing after each of AutoAttack's stages, "square" the last; empty if it was not run
     n: int,  # images
 ) -> list[dict]:  # outcomes
     "Whether the search without gradients gains on the attacks with them."

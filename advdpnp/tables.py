@@ -29,7 +29,7 @@ from .evaluation import from_digits
 from .runs import Ledger, make_config, status
 
 # %% ../nbs/85_tables.ipynb #c005
-# what they are about
+# what each table is about
 TABLES = {1: "cifar10", 2: "cifar100", 3: "svhn", 4: "cifar10", 5: "cifar10", 6: "cifar10", 7: "cifar10"}
 KINDS = {4: "corruptions", 5: "geometry", 7: "tradeoff"}  # the records they show; the others: "result"
 FEW = "PGD-AT, TRADES, dual-branch linear, Adv-DPNP"  # tables 2 and 3 without a GPU
@@ -52,8 +52,9 @@ _ABLATION = {  # to what is not as in Adv-DPNP
     "α = 5": dict(norm=5.0),
     "α = 10": dict(norm=10.0),
 }
+# the rows there is time for on the digits
 _QUICK = ["Adv-DPNP", "both branches move prototypes", "batch statistics shared", "no alignment", "no repulsion",
-        "repulsion from a sample's rival", "no consistency", "α = 10"]  # with quick
+          "repulsion from a sample's rival", "no consistency", "α = 10"]
 _SWEEPS = {  # what trades clean for robust accuracy
     "PGD-AT": dict(),
     "TRADES": dict(beta=(1.0, 3.0, 6.0, 12.0)),
@@ -75,7 +76,7 @@ def table_runs(
     preset: str = "auto",
     dataset: str = "",  # empty: the table's own; with the preset quick, the digits
     methods: str = "",  # with commas; in tables 6 and 7, names in `ROWS`; empty: all of them, or what there is time for
-    seeds: str = "auto",  # such as "0, 1, 2"; auto: those for paper, and for tables 1, 4 and 5 at small; else 0
+    seeds: str = "auto",  # such as "0, 1, 2"; auto: those three for paper, and tables 1, 4 and 5 at small; else 0
     device="auto",
 ) -> list[tuple[str, dict]]:  # a row's name, and a configuration from `make_config`; the first seed's rows first
     "The runs that a table asks for."
@@ -187,7 +188,7 @@ def readable(
 # %% ../nbs/85_tables.ipynb #c012
 def published(
     dataset: str,
-    data_dir="data",  # `reported` in it: dataset, arch, method, checkpoint, metric, value, std, source
+    data_dir="data",  # its `reported`/*.csv have columns dataset, arch, method, checkpoint, metric, value, std, source
 ) -> str:
     "Published accuracies on a data set as a table in Markdown; empty if there are none."
     files = sorted((Path(data_dir) / "reported").glob("*.csv"))
@@ -404,8 +405,8 @@ def save_result(
         ".json": json.dumps(records, indent=1),
         ".csv": tabulate(records).to_csv(index=False),
         ".last.csv": tabulate(records, "last").to_csv(index=False),
-        ".md": f"Best epoch, chosen on held-out training images:\n\n{readable(records)}\n\nLast "
-               f"epoch:\n\n{readable(records, 'last')}\n\n{about}{others}\n",
+        ".md": f"Best epoch, chosen on held-out training images:\n\n{readable(records)}\n\n"
+               f"Last epoch:\n\n{readable(records, 'last')}\n\n{about}{others}\n",
     })
 
 
@@ -460,7 +461,7 @@ def make_table(
     number: int,  # one of `TABLES`
     preset: str = "auto",
     dataset: str = "",  # empty: the table's own; with the preset quick, the digits
-    methods: str = "",  # see `table_runs`; what else is finished is shown, too, in tables 6, 7 if all rows have the seed
+    methods: str = "",  # see `table_runs`; all else that is finished is shown, too (in 6 and 7: of seeds all rows have)
     seeds: str = "auto",
     time_limit: float | None = None,  # seconds; None: until all is done
     device="auto",
@@ -696,7 +697,10 @@ def draw_features(records, classes: int = 10):
 
 
 def draw_distances(records):
-    "Distances to the own and the nearest rival prototype or mean, relative to the median one to the rival: a figure."
+    """Distances to the own and the nearest rival prototype or mean, on clean and attacked images: a figure.
+
+    The unit is the median distance to the rival.
+    """
     rows = []
     for r in records:
         found = r["pictures"]["distances"]
@@ -704,8 +708,7 @@ def draw_distances(records):
         rows += [dict(method=r["method"], images=images, to=to, distance=distance / unit)
                  for images, sides in found.items() for to, distances in sides.items() for distance in distances]
     grid = sns.catplot(pd.DataFrame(rows), x="images", y="distance", hue="to", col="method", kind="violin", split=True,
-                       inner="quart", cut=0,
-                       density_norm="width", height=2.6, aspect=0.7, linewidth=0.7)
+                       inner="quart", cut=0, density_norm="width", height=2.6, aspect=0.7, linewidth=0.7)
     grid.set_titles("{col_name}", size=8).set_axis_labels("", "distance / median to rival")
     return grid.figure
 
@@ -714,7 +717,7 @@ KNOBS = dict(beta="β", consistency="λ", clean_weight="w")  # on a picture
 
 
 def _setting(record):
-    "What a run of a sweep was set to, for a picture; where nothing was changed, the value of its method's first knob."
+    "What a run of a sweep was set to, for a picture; where nothing was, its method's first knob as chosen."
     config = record["config"]
     knobs = [name for name in KNOBS if name in config.get("changes", [])]
     knobs = knobs or [name for name in KNOBS if name in config][:1]

@@ -51,7 +51,7 @@ class Adversarial(Supervised):
 class AdvDPNP(Adversarial, AdvDPNPLoss):
     "Adv-DPNP: prototypes learn from clean images, the backbone from clean and adversarial ones."
 
-    shared_batch: bool = False  # one pass for both branches: adversarial images reach the prototypes by batch-norm
+    shared_batch: bool = False  # one pass for both branches: adversarial images move prototypes through batch-norm
 
     def loss(self, net, x, x_adv, y):
         "The loss of a batch, and its terms."
@@ -223,8 +223,9 @@ class Update:
         self.net = share_batch_norms(net.to(self.device, memory_format=torch.channels_last))
         self.optimizer = torch.optim.SGD(net.parameters(), momentum=momentum, weight_decay=weight_decay,
                                          fused=self.device.type == "cuda")
-        averaging = dict(multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
-        self.average = AveragedModel(self.net, **averaging) if ema else None
+        self.average = None
+        if ema:
+            self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
         if compile:
             self.net.backbone.compile()
         self.alone = Branches(self.net, method)
@@ -301,14 +302,14 @@ class Trainer:
         method,  # as for `Update`; the best epoch is the most robust one, or if it has no `eps` the most accurate one
         dataset: Dataset,  # its test images are never used; with a stream, they are what is held out
         *,
-        stream=None,  # batches to train on instead of the data set's training images; see `Stream`
+        stream=None,  # batches instead of the data set's training images; `batch_size` is then not used; see `Stream`
         epochs: int = 30,
         batch_size: int = 128,
         lr: float = 0.1,  # peak learning rate of SGD
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         awp: float = 0.0,  # gamma of adversarial weight perturbation; 0: none
-        ema: float = 0.0,  # decay of the averaged weights that are judged and kept, such as 0.995; 0: none
+        ema: float = 0.0,  # decay of the averaged weights that are judged and kept, such as 0.995; 0: no average
         schedule: str = "one-cycle",  # or "drops"
         padding: int | None = None,  # of the random crop; None: an eighth of the image's side
         val_size: int | None = None,  # held-out images; None: a tenth of the training images, at most 1,000
@@ -354,8 +355,7 @@ class Trainer:
                     "parameters": sum(p.numel() for p in net.parameters())},
             "data_sha256": held.sha256, "val_images": len(held.x_test), "val_attack": _named(self.val_attack),
             "epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "awp": awp, "ema": ema,
-            "schedule": schedule,
-            "precision": precision, "seed": seed,
+            "schedule": schedule, "precision": precision, "seed": seed,
         } | ({"batch_size": batch_size, "padding": padding, "flip": held.flip} if stream is None
              else {"stream": len(stream)}) | (config or {})
         self.folder = None if folder is None else Path(folder)

@@ -68,7 +68,7 @@ def test_each_attack_against_the_official_one(models, loader, name, attack):
     right = correct(net, loader)
     mine = standing_after(net, loader, ours, right, quiet=True)
     theirs = stands(net, official(net).perturb(x.clone(), y.clone()), y)
-    # images: random starts decide a few of 60
+    # in images: random starts decide a few of 60
     gap, allowed = mine.sum().item() - theirs.sum().item(), 1 if attack == "fab-t" else 4
     assert abs(gap) <= allowed, f"{mine.sum()} against {theirs.sum()}"
     assert (mine != theirs).sum() <= 8  # and they are the same images

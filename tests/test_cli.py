@@ -59,8 +59,8 @@ def test_a_function_s_model_with_a_table_and_a_json(here):
     assert record["metrics"]["autoattack"]["attack"]["eps"] == pytest.approx(4 / 255)
     assert record["versions"]["torch"] and record["device"].startswith("CPU")
     assert info["eps"] == "4/255" and info["autoattack_acc"] == f"{record['metrics']['autoattack']['accuracy']:.2f}"
-    assert sorted(p.name for p in here.iterdir()
-                  if "pycache" not in p.name) == ["info.json", "record.json", "their_models.py"]  # nothing half-written
+    left = sorted(path.name for path in here.iterdir() if "pycache" not in path.name)
+    assert left == ["info.json", "record.json", "their_models.py"]  # nothing half-written
 
 
 def test_images_from_an_npz_and_from_a_folder(here, digits):

@@ -108,9 +108,8 @@ def test_the_oracle_at_our_parameters_is_the_oracle_wherever_they_coincide(photo
                         np.random.seed(3)
                         assert np.array_equal(theirs(name, x, severity, **settings), untouched)
     assert found == {("gaussian_noise", 3, 1), ("impulse_noise", 3, 1), ("speckle_noise", 5, 2),
-                     ("gaussian_blur", 5, 1),
-                     ("zoom_blur", 2, 1), ("zoom_blur", 3, 2), ("brightness", 2, 1), ("brightness", 4, 2),
-                     ("brightness", 5, 3),
+                     ("gaussian_blur", 5, 1), ("zoom_blur", 2, 1), ("zoom_blur", 3, 2), ("brightness", 2, 1),
+                     ("brightness", 4, 2), ("brightness", 5, 3),
                      ("contrast", 3, 1), ("contrast", 4, 2), ("saturate", 1, 1), ("saturate", 2, 2)}
 
 

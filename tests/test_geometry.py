@@ -65,8 +65,8 @@ def reference(f, y, c, z):
     numbers["means_apart"] = np.mean([distance(mean[a], mean[b]) for a in classes for b in classes if a < b])
     numbers["fisher"] = numbers["between"] / numbers["within"]
     spread = {k: np.mean([distance(f[i], mean[k]) for i in np.flatnonzero(y == k)]) for k in classes}
-    numbers["davies_bouldin"] = np.mean([max((spread[a] + spread[b]) / distance(mean[a], mean[b]) for b in classes
-                                             if b != a) for a in classes])
+    alike = lambda a, b: (spread[a] + spread[b]) / distance(mean[a], mean[b])
+    numbers["davies_bouldin"] = np.mean([max(alike(a, b) for b in classes if b != a) for a in classes])
     return numbers, found
 
 

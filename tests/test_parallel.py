@@ -73,9 +73,8 @@ def test_two_processes_have_the_losses_of_one(method, backbone, awp, tmp_path):
 def train(folder, *more, processes=2, **kwargs):
     start = TORCHRUN if processes == 2 else [sys.executable]
     command = [*start, "-m", "advdpnp", "train", "PGD-AT", "--preset", "quick", "--device", "cpu", "--data-dir",
-               folder, "--quiet",
-               "--set", "epochs=2", "--set", "test_images=60", "--set", "autoattack_images=4", "--set",
-               "check_images=20", *more]
+               folder, "--quiet", "--set", "epochs=2", "--set", "test_images=60", "--set", "autoattack_images=4",
+               "--set", "check_images=20", *more]
     return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=ENV, **kwargs)
 

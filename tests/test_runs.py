@@ -236,6 +236,7 @@ def test_an_ablation_is_compared_seed_by_seed(tmp_path):
     for name in ("table1.small.json", "table6.small.partial.json", "table6.small.json"):
         if (RESULTS / name).exists():
             adopt(RESULTS / name, tmp_path, "cpu")
+
     def seeds(number, **asked):
         table = make_table(number, "small", methods="Adv-DPNP", time_limit=0, device="cpu", data_dir=tmp_path,
                            quiet=True, **asked)

@@ -73,7 +73,7 @@ def test_killed_by_the_system_twice(through, tmp_path):
 
 
 def test_killed_at_every_write(tmp_path, monkeypatch):
-    "The process ends at its n-th file, before or after it is in place, for every n; a new one ends with the same."
+    "The process ends at its n-th file, before or after it is in place, for every n; a new one ends as if it had not."
     config = make_config("DPNP", "quick", device="cpu", epochs=2, test_images=50, autoattack_images=2, check_images=10)
     real = os.replace
     count = 0

@@ -32,8 +32,8 @@ def test_a_network_is_as_accurate_as_its_card_says(name, packed):
     said = json.loads((DATA / "weights" / name / "config.json").read_text())
     config = said["run"]
     dataset = load_dataset(config["dataset"], packed(config["dataset"]))
-    found = remeasured(load_weights(name, DATA), averaged(dataset, config["side"]) if config["side"]
-                       else dataset, config)
+    images = averaged(dataset, config["side"]) if config["side"] else dataset
+    found = remeasured(load_weights(name, DATA), images, config)
     assert len(found["clean"]) == IMAGES
     for metric in ("clean", "pgd20"):
         assert abs(accuracy(found[metric])["accuracy"] - said["measured"][metric]["accuracy"]) <= 0.5
