@@ -530,16 +530,17 @@ def make_table(
 
 # %% ../nbs/85_tables.ipynb #c016e
 def adopt(
-    path,  # such as data/results/table1.small.json
+    path,  # such as data/results/table1.small.json; figure2's records, too
     data_dir="data",
     device="auto",
 ) -> list[Path]:  # where they are now
     "Put the records of a table that another machine made into the ledger: these runs then count as finished here, too."
     path = Path(path)
-    number = path.name.removeprefix("table").partition(".")[0]
-    if path.suffix != ".json" or number not in map(str, TABLES):
+    kinds = {f"table{number}": KINDS.get(number, "result") for number in TABLES} | {"figure2": "tradeoff"}
+    name = path.name.partition(".")[0]
+    if path.suffix != ".json" or name not in kinds:
         raise ValueError(f"{path} is not named as the records of a table are, such as table1.small.json")
-    return Ledger(data_dir, device, quiet=True).adopt(read_json(path), KINDS.get(int(number), "result"))
+    return Ledger(data_dir, device, quiet=True).adopt(read_json(path), kinds[name])
 
 # %% ../nbs/85_tables.ipynb #c018
 def colours(

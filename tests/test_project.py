@@ -55,7 +55,7 @@ def test_every_module_comes_from_a_notebook():
 def test_lines_of_code_fit_on_a_page():
     cells = [(path.stem, "".join(cell["source"])) for path in NOTEBOOKS
              for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    code = cells + [(path.stem, path.read_text()) for path in (ROOT / "tests").glob("*.py")]
+    code = cells + [(path.stem, path.read_text()) for path in [*(ROOT / "tests").glob("*.py"), ROOT / ".ci/numbers"]]
     assert [(name, line) for name, text in code for line in text.splitlines() if len(line) > 120] == []
 
 
@@ -174,4 +174,4 @@ def test_the_plans_for_all_numbers_can_be_carried_out():
     assert shown.splitlines()[:2] == ["table 1", "table 4"]
     known = subprocess.run([sys.executable, ROOT / ".ci/numbers", "quick", "--show", "--adopt"], check=True,
                            capture_output=True, text=True).stdout
-    assert known.splitlines()[:2] == ["adopt data/results/table1.quick.json", "adopt data/results/table4.quick.json"]
+    assert known.splitlines()[:2] == ["adopt data/results/figure2.quick.json", "adopt data/results/table1.quick.json"]
