@@ -1,14 +1,19 @@
-# Two commands: `make table1` trains, attacks and tabulates; `make test` checks everything. With a GPU: make table1 ARGS='-p preset fast'.
+# make table1                       train, attack and tabulate on the digits; with a GPU: make table1 ARGS='-p preset fast'
+# make numbers PRESET=small MINUTES=9   every table of a preset, as far as nine minutes go; the same command goes on
+# make test                         everything that must hold
 PYTHON ?= python3
 # Small networks: more threads would cost more than they give, and outputs should not depend on their number.
 ONE_THREAD = OMP_NUM_THREADS=1
 README = README.md
 
-.PHONY: table1 benchmark test notebooks readme clean
+.PHONY: table1 numbers benchmark test notebooks readme clean
 table1: .venv/installed
 	@mkdir -p data/results
 	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - -p preset quick $(ARGS)
 	@echo data/results/table1.ipynb
+
+numbers: .venv/installed
+	.venv/bin/python -m advdpnp numbers $(or $(PRESET),quick) $(if $(MINUTES),--minutes $(MINUTES))
 
 benchmark: .venv/installed
 	.venv/bin/jupyter nbconvert --to notebook --inplace --execute nbs/benchmark.ipynb
@@ -16,12 +21,12 @@ benchmark: .venv/installed
 
 test: .venv/installed
 	MPLBACKEND=agg $(ONE_THREAD) .venv/bin/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^(table|figure|benchmark)'
-	.venv/bin/python -m pytest
+	$(ONE_THREAD) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Run the notebooks and keep their outputs, without what only scrolled by and of cells tagged no-output.
 notebooks: .venv/installed
 	.venv/bin/nbdev_export
-	for nb in $(or $(NB),nbs/[0-8]*.ipynb nbs/90_cli.ipynb nbs/figure1.ipynb nbs/table*.ipynb nbs/index.ipynb); do \
+	for nb in $(or $(NB),nbs/[0-9]*.ipynb nbs/figure1.ipynb nbs/table*.ipynb nbs/results.ipynb nbs/index.ipynb); do \
 	  $(ONE_THREAD) .venv/bin/jupyter nbconvert --to notebook --inplace --execute $$nb || exit 1; \
 	  .venv/bin/python -c "import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); [c.update(outputs=[o for o in c.outputs if o.get('name') != 'stderr' and 'no-output' not in c.metadata.get('tags', [])]) for c in nb.cells if c.cell_type == 'code']; nbformat.write(nb, sys.argv[1])" $$nb; \
 	done

@@ -9,7 +9,7 @@ build of PyTorch has, "meta"; the tensors of that device have no values, these h
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
-import advdpnp.data
+import advdpnp.core
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -41,6 +41,9 @@ class Apart(torch.Tensor):
 
     def tolist(self):
         return self.cpu().tolist()
+
+    def new_tensor(self, data):
+        return _tensor(data, dtype=self.dtype).to(APART)
 
     def __format__(self, spec):
         return format(self.item(), spec)
@@ -88,9 +91,6 @@ class ApartGenerator(torch.Generator):
         Device.seeds.add(super().manual_seed(seed).initial_seed())
         return self
 
-    def clone_state(self):  # on the CPU: `untouched` asks it there only
-        return _Generator().manual_seed(self.initial_seed() ^ 1)
-
 
 @contextmanager
 def device_apart():
@@ -109,7 +109,7 @@ def device_apart():
         return tree_map(move, state) if there(map_location) else state
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(advdpnp.data, "DEVICES", ("cpu", "meta")))
+        stack.enter_context(mock.patch.object(advdpnp.core, "DEVICES", ("cpu", "meta")))
         for name, what in dict(
             tensor=tensor,
             save=save,

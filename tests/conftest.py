@@ -1,3 +1,4 @@
+import copy
 import functools
 import os
 import subprocess
@@ -11,13 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from advdpnp.data import load_dataset, to_float
-from advdpnp.prototypes import PrototypeNet
+import advdpnp
+from advdpnp.data import to_float
+
+# settings for `make_config`, with which a run takes a second or two
+TINY = dict(epochs=1, train_images=200, val_size=50, steps=1, test_images=20, autoattack_images=1, check_images=5)
 
 
 @pytest.fixture(scope="session")
 def digits():
-    return load_dataset("digits")
+    return advdpnp.load_dataset("digits")
 
 
 @pytest.fixture
@@ -28,8 +32,52 @@ def batch(digits):
 
 @pytest.fixture
 def net(digits):
+    "An untrained network for digits."
     torch.manual_seed(0)
-    return PrototypeNet("cifar_resnet8", digits.num_classes, mean=digits.mean, std=digits.std)
+    return advdpnp.PrototypeNet("cifar_resnet8", digits.num_classes, mean=digits.mean, std=digits.std)
+
+
+@pytest.fixture
+def tiny_net(digits):
+    "An untrained network of width 4, with batch-norms, for what does not depend on the size."
+    from advdpnp.backbones import cifar_resnet8
+
+    torch.manual_seed(0)
+    backbone = cifar_resnet8(width=4, in_chans=1, num_classes=0)
+    return advdpnp.PrototypeNet(backbone, digits.num_classes, mean=digits.mean, std=digits.std)
+
+
+def trained(digits, method, net):
+    "A few seconds of training: above 90% on clean digits."
+    advdpnp.Trainer(net, method, digits, epochs=5, batch_size=64, lr=0.1, padding=0, val_size=200,
+                    val_attack=advdpnp.PGD(0.2, steps=2), device="cpu", quiet=True).fit()
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
+def _defended(digits):
+    torch.manual_seed(0)
+    net = advdpnp.PrototypeNet("cifar_resnet8", digits.num_classes, mean=digits.mean, std=digits.std)
+    return trained(digits, advdpnp.AdvDPNP(eps=0.2, steps=2), net)
+
+
+@pytest.fixture(scope="session")
+def _undefended(digits):
+    torch.manual_seed(0)
+    net = advdpnp.LinearNet("cifar_resnet8", digits.num_classes, digits.mean, digits.std)
+    return trained(digits, advdpnp.METHODS["standard"](), net)
+
+
+@pytest.fixture
+def defended(_defended):
+    "A network for digits, trained with Adv-DPNP; the test may change it."
+    return copy.deepcopy(_defended)
+
+
+@pytest.fixture
+def undefended(_undefended):
+    "A network for digits with a linear layer, trained on clean images; the test may change it."
+    return copy.deepcopy(_undefended)
 
 
 @pytest.fixture(scope="session")

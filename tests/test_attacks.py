@@ -3,10 +3,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from advdpnp.attacks import CW, DLR, FGSM, PGD, PrototypePGD, ThreatModel, correct, margin, prototype_distances
-from advdpnp.attacks import standing_after
+from advdpnp.attacks import CW, FGSM, PGD, Draws, PrototypePGD, ThreatModel, check_inside, correct, margin
+from advdpnp.attacks import prototype_distances, robust_to
 from advdpnp.autoattack import APGD, FABT, AutoAttack, Square
-from advdpnp.data import Loader, seeded
+from advdpnp.data import Loader
+from advdpnp.still import Still
 
 
 class Linear(nn.Module):
@@ -22,7 +23,7 @@ class Linear(nn.Module):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (3, 5, 7)])
 @pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1), PGD(0.1, step_size=0.01, steps=30, random_start=False),
-                                    CW(0.1), DLR(0.1)])
+                                    CW(0.1)])
 def test_reaches_the_optimum_of_a_linear_model(shape, attack):
     torch.manual_seed(0)
     model, x, y = Linear(torch.Size(shape)), torch.rand(20, *shape), torch.randint(2, (20,))
@@ -37,9 +38,10 @@ def test_reaches_the_optimum_of_a_linear_model(shape, attack):
 @pytest.mark.parametrize("make", [FGSM, lambda eps: PGD(eps, steps=7), lambda eps: PGD(eps, step_size=eps, steps=3)])
 def test_iterates_stay_inside(net, batch, eps, make):
     x, y = batch[0][:16], batch[1][:16]
-    seen, forward = [], net.forward
-    net.forward = lambda images: (seen.append(images.detach().clone()), forward(images))[1]
+    seen = []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))  # copied with the network
     seen.append(make(eps)(net, x, y))
+    assert len(seen) > 3
     for images in seen:  # some looks are at the first image alone
         assert (images - x[: len(images)]).abs().max() <= eps + 1e-6
         assert images.min() >= 0 and images.max() <= 1
@@ -63,7 +65,7 @@ class Careless(nn.Module):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [1, 2, 9])
 @pytest.mark.parametrize("attack", [FGSM(0.1), PGD(0.1, steps=3), CW(0.1, steps=3),
-                                    DLR(0.1, steps=3, restarts=2), PGD(0.5, steps=3, norm="l2"),
+                                    PGD(0.1, steps=3, restarts=2), PGD(0.5, steps=3, norm="l2"),
                                     AutoAttack(0.1, steps=3, queries=5),
                                     AutoAttack(0.5, "l2", steps=3, queries=5)], ids=repr)
 def test_leaves_no_trace(channels, size, attack):
@@ -88,7 +90,8 @@ def test_leaves_no_trace(channels, size, attack):
         assert (p.grad is None) if gradients[name] is None else torch.equal(p.grad, gradients[name])
     assert flags == [p.requires_grad for p in model.parameters()] and modes == [m.training for m in model.modules()]
     assert torch.equal(x, x_before) and not x.requires_grad and not x_adv.requires_grad
-    assert x_adv.shape == x.shape and not torch.equal(x_adv, x)
+    assert x_adv.shape == x.shape
+    assert not torch.equal(x_adv, x) or isinstance(attack, AutoAttack)  # which gives back what it did not break
 
 
 def test_a_failing_model_is_put_back_too():
@@ -102,13 +105,33 @@ def test_a_failing_model_is_put_back_too():
     assert model.training and model.conv.weight.requires_grad
 
 
-def test_random_starts_come_from_the_generator(net, batch):
+def test_random_starts_come_from_the_seed_and_the_image(net, batch):
     x, y = batch
     attack = PGD(0.1, steps=0)
     assert torch.equal(attack(net, x, y), attack(net, x, y))
     assert not torch.equal(attack(net, x, y), PGD(0.1, steps=0, seed=1)(net, x, y))
-    generator = seeded("cpu", 0)
-    assert not torch.equal(attack(net, x, y, generator=generator), attack(net, x, y, generator=generator))
+    runs = [Draws(0, range(4)).start(attack.threat, x[:4], run) for run in (0, 1)]
+    assert not torch.equal(*runs)
+    noise = (runs[0] - x[:4]).flatten(1)
+    assert not torch.equal(noise[0], noise[1])
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 1.0)])
+def test_draws_do_not_depend_on_the_batch(norm, eps):
+    x, threat = torch.rand(10, 1, 8, 8), ThreatModel(eps, norm)
+    whole = Draws(3, range(10)).start(threat, x, 7)
+    for rows in ([4], [9, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]):
+        assert torch.equal(Draws(3, rows).start(threat, x[rows], 7), whole[rows])
+    right = torch.tensor([True, False] * 5)
+    assert torch.equal(Draws(3, range(10)).take(right).start(threat, x[right], 7), whole[right])
+
+
+def test_the_batch_size_changes_no_verdict(net, digits):
+    verdicts = []
+    for size in (100, 33, 7):
+        loader = Loader(digits.x_test[:100], digits.y_test[:100], size)
+        verdicts.append(robust_to(net, loader, PGD(0.02, steps=3), correct(net, loader), quiet=True))
+    assert all(torch.equal(verdicts[0], other) for other in verdicts)
 
 
 def test_gradients_of_the_caller_do_not_matter(net, batch):
@@ -143,9 +166,9 @@ def test_l2_where_every_image_has_fallen_and_where_there_is_none():
     never[1].bias.data = torch.arange(10.0)  # it says 9
     x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     for steps in (0, 2):
-        found = PGD(1.0, norm="l2", restarts=2, steps=steps).search(never, x, y, seeded("cpu", 0))
+        found = PGD(1.0, norm="l2", restarts=2, steps=steps).search(Still(never), x, y, Draws(0, range(4)))
         assert found.shape == x.shape
-    assert PGD(1.0, norm="l2", restarts=2).search(never, x[:0], y[:0], seeded("cpu", 0)).shape == (0, 1, 8, 8)
+    assert PGD(1.0)(never, x[:0], y[:0]).shape == (0, 1, 8, 8)
 
 
 def test_more_steps_are_stronger(net, batch):
@@ -201,7 +224,7 @@ def test_search_finds_at_least_what_the_last_iterate_finds(net, digits):
     right = correct(net, loader)
     x, y = loader.take(right.nonzero()[:, 0])
     for attack in (PGD(0.1), CW(0.1, steps=20), PrototypePGD(0.1)):
-        verdicts = standing_after(net, loader, attack, right, quiet=True)
+        verdicts = robust_to(net, loader, attack, right, quiet=True)
         last = net.eval()(attack(net, x, y)).argmax(1) == y
         assert verdicts.sum() <= last.sum() + 1 and not (verdicts & ~right).any()
 
@@ -209,7 +232,7 @@ def test_search_finds_at_least_what_the_last_iterate_finds(net, digits):
 def test_restarts_only_help(net, digits):
     loader = Loader(digits.x_test[:100], digits.y_test[:100], 100)
     right = correct(net, loader)
-    once, often = (standing_after(net, loader, PGD(0.03, steps=2, restarts=n), right, quiet=True) for n in (1, 8))
+    once, often = (robust_to(net, loader, PGD(0.03, steps=2, restarts=n), right, quiet=True) for n in (1, 8))
     assert not (often & ~once).any()
 
 
@@ -223,6 +246,44 @@ def test_squared_distances_are_twice_the_margin(net, batch):
 def test_prototype_attack_refuses_a_model_without(batch):
     with pytest.raises(ValueError, match="has no prototypes to attack"):
         PrototypePGD(0.1)(Careless(1), batch[0], batch[1] % 5)
+
+
+def test_an_interrupted_attack_goes_on(net, digits):
+    loader = Loader(digits.x_test[:60], digits.y_test[:60], 20)
+    right, kept = correct(net, loader), []
+
+    def keep(done, verdicts):
+        kept.append((done, verdicts.clone()))
+        if done == 1 and len(kept) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        robust_to(net, loader, PGD(0.05, steps=2), right, quiet=True, keep=keep)
+    rest = robust_to(net, loader, PGD(0.05, steps=2), right, quiet=True, begin=kept[0])
+    assert torch.equal(rest, robust_to(net, loader, PGD(0.05, steps=2), right, quiet=True))
+    assert robust_to(net, loader, PGD(0.05), torch.zeros_like(right), quiet=True).sum() == 0  # nothing to attack
+
+
+class Elsewhere:
+    "Somebody else's attack: a function of model, images and labels."
+
+    name, eps = "elsewhere", 0.1
+
+    def __init__(self, change):
+        self.change = change
+
+    def __call__(self, model, x, y):
+        return self.change(x)
+
+
+def test_attacks_of_others_are_judged_and_measured(net, digits):
+    loader = Loader(digits.x_test[:40], digits.y_test[:40], 20)
+    right = correct(net, loader)
+    assert torch.equal(robust_to(net, loader, Elsewhere(lambda x: x), right, quiet=True), right)
+    with pytest.raises(RuntimeError, match=r"elsewhere went 0.5.* allowed are 0.1 and \[0, 1\]"):
+        robust_to(net, loader, Elsewhere(lambda x: (x + 0.5).clamp(0, 1)), torch.ones_like(right), quiet=True)
+    with pytest.raises(RuntimeError, match=r"to values from -0.05"):
+        check_inside(torch.zeros(1, 1, 2, 2) - 0.05, torch.zeros(1, 1, 2, 2), PGD(0.1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

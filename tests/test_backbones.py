@@ -5,13 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from advdpnp.attacks import FGSM
-from advdpnp.data import Dataset
-from advdpnp.prototypes import PrototypeNet
-from advdpnp.training import AdvDPNP, Trainer
+import advdpnp
+from advdpnp.backbones import CifarPreActResNet, CifarResNet
 
-NAMES = {"cifar_resnet8": 64, "cifar_resnet18": 512, "cifar_preactresnet18": 512, "cifar_wrn28_10": 640,
-         "cifar_wrn34_10": 640}
+FEATURES = {"cifar_resnet8": 64, "cifar_resnet8_w24": 96, "cifar_resnet18": 512, "cifar_preactresnet18": 512,
+            "cifar_wrn28_10": 640, "cifar_wrn34_10": 640}
 
 
 class Reference(nn.Module):
@@ -69,9 +67,18 @@ def with_our_weights(reference, model):
     ("cifar_wrn28_10", 4, (160, 320, 640), 16, 36_479_194),
     ("cifar_wrn34_10", 5, (160, 320, 640), 16, 46_160_474),
 ])
-def test_preactivation_networks_are_the_papers(name, blocks, widths, stem, parameters):
+def test_preactivation_networks_have_the_papers_layers(name, blocks, widths, stem, parameters):
+    with torch.device("meta"):  # shapes alone
+        model, reference = timm.create_model(name, num_classes=10), Reference(blocks, widths, stem, 10)
+        with_our_weights(reference, model)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in reference.parameters()) == parameters
+
+
+@pytest.mark.parametrize("blocks, widths, stem", [(2, (8, 16, 32, 64), 8), (5, (16, 32, 64), 8)])
+def test_preactivation_networks_compute_what_the_papers_say(blocks, widths, stem):
+    "PreActResNet-18 and WideResNet-34 made narrow."
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10)
+    model = CifarPreActResNet((blocks,) * len(widths), widths, stem, num_classes=10)
     for module in model.modules():  # batch-norms that do something
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -79,7 +86,6 @@ def test_preactivation_networks_are_the_papers(name, blocks, widths, stem, param
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     reference = with_our_weights(Reference(blocks, widths, stem, 10), model)
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in reference.parameters()) == parameters
     x = torch.rand(2, 3, 16, 16)
     for training in (False, True):
         model.train(training), reference.train(training)
@@ -89,43 +95,52 @@ def test_preactivation_networks_are_the_papers(name, blocks, widths, stem, param
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("channels, side", [(1, 8), (3, 16)])
+@pytest.mark.parametrize("name, channels, side", [
+    ("cifar_resnet8", 1, 8), ("cifar_resnet8", 3, 16), ("cifar_resnet8_w24", 3, 16), ("cifar_resnet18", 3, 16),
+    ("cifar_preactresnet18", 1, 8), ("cifar_wrn28_10", 1, 8), ("cifar_wrn34_10", 3, 16),
+])
 def test_what_timm_and_we_expect_of_a_backbone(name, channels, side):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0, in_chans=channels)
-        x = torch.rand(2, channels, side, side)
+        x, expected = torch.rand(2, channels, side, side), (2, FEATURES[name])
         maps = model.forward_features(x)
-        assert model.num_features == NAMES[name] and maps.shape[:2] == (2, NAMES[name])
-        assert (
-            model(x).shape
-            == model.forward_head(maps).shape
-            == model.forward_head(maps, pre_logits=True).shape
-            == (2, NAMES[name])
-        )
+        assert model.num_features == FEATURES[name] and maps.shape[:2] == expected
+        assert model(x).shape == expected
+        assert model.forward_head(maps).shape == model.forward_head(maps, pre_logits=True).shape == expected
         model.reset_classifier(7)
         assert model(x).shape == (2, 7)
         assert model.get_classifier() is model.get_submodule(model.pretrained_cfg["classifier"])
         assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]), nn.Conv2d)
         model.reset_classifier(0)
-        assert model(x).shape == (2, NAMES[name])
+        assert model(x).shape == expected
+
+
+def test_every_name_is_tested_here():
+    assert sorted(timm.list_models("cifar_*")) == sorted(FEATURES)
+
+
+def test_an_odd_width_is_refused():
+    with pytest.raises(ValueError, match="channels begin with 15: expected an even number"):
+        CifarResNet(channels=(15, 30, 60))
 
 
 def test_no_pretrained_weights_are_promised():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for cifar_preactresnet18"):
-        timm.create_model("cifar_preactresnet18", pretrained=True)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for cifar_resnet8"):
+        timm.create_model("cifar_resnet8", pretrained=True)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
-def test_one_training_step_at_224_pixels(name):
-    "Any timm model is a backbone: a step of Adv-DPNP and an evaluation, on two images of 224 pixels each."
+@pytest.mark.parametrize("name, size", [("vit_tiny_patch16_224", dict(img_size=64, depth=4)),
+                                        ("convnext_atto", dict(depths=(1, 1, 2, 1)))])
+def test_one_training_step_of_another_family(name, size):
+    "Any timm model is a backbone: a step of Adv-DPNP and an evaluation, on two images of 64 pixels each."
     rng, _ = np.random.default_rng(0), torch.manual_seed(0)
-    x, y = rng.integers(0, 256, (4, 224, 224, 3), dtype=np.uint8), np.arange(4) % 2
-    net = PrototypeNet(name, 2, mean=(0.5,) * 3, std=(0.5,) * 3)
+    x, y = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8), np.arange(4) % 2
+    backbone = timm.create_model(name, num_classes=0, **size)
+    net = advdpnp.PrototypeNet(backbone, 2, mean=(0.5,) * 3, std=(0.5,) * 3)
     before = {key: value.clone() for key, value in net.named_parameters()}
-    trainer = Trainer(net, AdvDPNP(8 / 255, steps=1), Dataset("noise", x, y, x, y), epochs=1, batch_size=2,
-                      val_size=2, lr=0.01,
-                      padding=8, val_attack=FGSM(8 / 255), device="cpu", quiet=True)
+    noise = advdpnp.Dataset("noise", x, y, x, y)
+    trainer = advdpnp.Trainer(net, advdpnp.AdvDPNP(eps=8 / 255, steps=1), noise, epochs=1, batch_size=2, val_size=2,
+                              lr=0.01, padding=8, val_attack=advdpnp.FGSM(8 / 255), device="cpu", quiet=True)
     assert trainer.fit()
     moved = [key for key, value in net.named_parameters() if not torch.equal(value, before[key])]
     assert "head.directions" in moved and len(moved) > 0.9 * len(before)

@@ -4,16 +4,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from advdpnp.cli import app
+import advdpnp.cli
+import advdpnp.runs
+from advdpnp.cli import app, run_step, import_model, parse_eps, parse_settings, parse_time, plain_errors
 
-ADVDPNP = Path(sys.executable).parent / "advdpnp"
 MODELS = """
 import time, torch
 
@@ -34,23 +35,30 @@ def slow():
 
 def wrong():
     return 3
+
+made = linear()
 """
 
 
 @pytest.fixture
-def here(tmp_path):
+def here(tmp_path, monkeypatch):
     (tmp_path / "their_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def advdpnp(here, *words):
-    return subprocess.run([ADVDPNP, "evaluate", *map(str, words)], cwd=here, capture_output=True, text=True)
+def files(folder):
+    return sorted(path.name for path in folder.iterdir() if "pycache" not in path.name)
+
+
+def run(*words):
+    return CliRunner().invoke(app, [*map(str, words)])
 
 
 def test_a_function_s_model_with_a_table_and_a_json(here):
-    done = advdpnp(here, "their_models:linear", "--dataset", "digits", "--eps", "4/255", "--images", 40,
-                   "--robustbench", "info.json", "--output", "record.json")
-    assert done.returncode == 0, done.stderr
+    done = run("evaluate", "their_models:linear", "--dataset", "digits", "--eps", "4/255", "--images", 40,
+               "--robustbench", "info.json", "--output", "record.json")
+    assert done.exit_code == 0, done.output
     for word in ("autoattack", "… after square", "sanity checks failed", "batch-independent", "record.json"):
         assert word in done.stdout
     assert "pgd20" in done.stderr and "100%" in done.stderr  # progress
@@ -59,8 +67,7 @@ def test_a_function_s_model_with_a_table_and_a_json(here):
     assert record["metrics"]["autoattack"]["attack"]["eps"] == pytest.approx(4 / 255)
     assert record["versions"]["torch"] and record["device"].startswith("CPU")
     assert info["eps"] == "4/255" and info["autoattack_acc"] == f"{record['metrics']['autoattack']['accuracy']:.2f}"
-    left = sorted(path.name for path in here.iterdir() if "pycache" not in path.name)
-    assert left == ["info.json", "record.json", "their_models.py"]  # nothing half-written
+    assert files(here) == ["info.json", "record.json", "their_models.py"]  # nothing half-written
 
 
 def test_images_from_an_npz_and_from_a_folder(here, digits):
@@ -71,18 +78,19 @@ def test_images_from_an_npz_and_from_a_folder(here, digits):
         PIL.Image.fromarray(digits.x_test[i, :, :, 0]).save(place / f"{i:02}.png")
     found = []
     for i, source in enumerate(["mine.npz", "photos/"]):
-        done = advdpnp(here, "their_models:linear", "--dataset", source, "--eps", "0.05", "--attacks", "fgsm",
-                       "--output", f"{i}.json", "--quiet")
-        assert done.returncode == 0, done.stderr
+        done = run("evaluate", "their_models:linear", "--dataset", source, "--eps", "0.05", "--attacks", "fgsm",
+                   "--output", f"{i}.json", "--quiet")
+        assert done.exit_code == 0, done.output
         found.append(json.loads((here / f"{i}.json").read_text())["metrics"])
     assert found[0]["clean"] == found[1]["clean"] and found[0]["clean"]["n"] == 30
     assert found[0]["fgsm"] == found[1]["fgsm"]
 
 
 def test_interrupted_it_goes_on(here):
-    words = [ADVDPNP, "evaluate", "their_models:slow", "--dataset", "digits", "--eps", "0.1", "--images", "40",
-             "--batch-size", "10", "--attacks", "fgsm,pgd20", "--output", "out.json"]
-    process = subprocess.Popen(words, cwd=here, stderr=subprocess.PIPE, text=True)
+    "In processes of its own: a signal ends the first, the second goes on."
+    words = ["evaluate", "their_models:slow", "--dataset", "digits", "--eps", "0.1", "--images", "40", "--batch-size",
+             "10", "--attacks", "fgsm,pgd20", "--output", "out.json"]
+    process = subprocess.Popen([sys.executable, "-m", "advdpnp", *words], cwd=here, stderr=subprocess.PIPE, text=True)
     state = here / ".out.json.unfinished"
     while not (state.exists() and "pgd20" in state.read_text()):
         assert process.poll() is None
@@ -90,36 +98,151 @@ def test_interrupted_it_goes_on(here):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and "the same command goes on" in said and state.exists()
-    done = subprocess.run(words, cwd=here, capture_output=True, text=True)
-    assert done.returncode == 0 and (here / "out.json").exists() and not state.exists()
+    done = run(*words)
+    assert done.exit_code == 0 and (here / "out.json").exists() and not state.exists()
+
+
+MODEL, DATA = ["their_models:linear"], ["--dataset", "digits"]
 
 
 @pytest.mark.parametrize("words, message", [
-    (["their_models:linear"], "which data? name a data set with --dataset"),
-    (["their_models:wrong", "--dataset", "digits"], "their_models:wrong returns int: expected a torch.nn.Module"),
-    (["their_models:gone", "--dataset", "digits"], "their_models:gone cannot be imported"),
-    (["nowhere", "--dataset", "digits"], "nowhere is neither a file or folder nor package.module:function"),
-    (["their_models:linear", "--dataset", "digit"], "did you mean 'digits'"),
-    (["their_models:linear", "--dataset", "digits", "--eps", "8"], "eps is 8.0: expected 0 to 1"),
-    (["their_models:linear", "--dataset", "digits", "--eps", "8:255"], "expected a number or a fraction"),
-    (["their_models:linear", "--dataset", "digits", "--attacks", "pgd"], "unknown attack 'pgd': did you mean 'pgd20'"),
-    (["their_models:linear", "--dataset", "digits", "--attacks", "prototype"], "unknown attack 'prototype'"),
-    (["their_models:linear", "--dataset", "digits", "--norm", "l2"], "--norm l2 needs --eps"),
-    (["their_models:linear", "--dataset", "digits", "--robustbench", "x.json", "--autoattack-images", "5"],
-     "on the images of the clean accuracy"),
-    (["their_models:linear", "--dataset", "digits", "--norm", "l1"], "unknown norm 'l1'"),
-    (["their_models:linear", "--dataset", "digits", "--output", "x.json", "--robustbench", "x.json"],
-     "--output and --robustbench are both x.json"),
-    (["their_models:linear", "--dataset", "digits", "--output", "their_models.py"], "is there already"),
-    (["their_models:linear", "--dataset", "nothing/"], "is no folder of images"),
+    (MODEL, "which data? name a data set with --dataset"),
+    (["their_models:wrong", *DATA], "their_models:wrong returns int: expected a torch.nn.Module"),
+    (["their_models:gone", *DATA], "their_models:gone cannot be imported"),
+    (["nowhere", *DATA], "nowhere is neither a file or folder nor package.module:function"),
+    (["their_models.py", *DATA], "config.json is not there"),
+    ([*MODEL, "--dataset", "digit"], "did you mean 'digits'"),
+    ([*MODEL, *DATA, "--eps", "8"], "eps is 8.0: expected 0 to 1"),
+    ([*MODEL, *DATA, "--eps", "8:255"], "expected a number or a fraction"),
+    ([*MODEL, *DATA, "--attacks", "pgd"], "unknown attack 'pgd': did you mean 'pgd20'"),
+    ([*MODEL, *DATA, "--attacks", "prototype"], "unknown attack 'prototype'"),
+    ([*MODEL, *DATA, "--norm", "l2"], "--norm l2 needs --eps"),
+    ([*MODEL, *DATA, "--robustbench", "x.json", "--autoattack-images", "5"], "on the images of the clean accuracy"),
+    ([*MODEL, *DATA, "--attacks", "fgsm", "--autoattack-images", "5"], "needs the attack autoattack"),
+    ([*MODEL, *DATA, "--norm", "l1"], "unknown norm 'l1'"),
+    ([*MODEL, *DATA, "--output", "x.json", "--robustbench", "x.json"], "--output and --robustbench are both x.json"),
+    ([*MODEL, *DATA, "--output", "their_models.py"], "is there already"),
+    ([*MODEL, *DATA, "--device", "tpu"], "device is 'tpu': expected auto, cpu, cuda"),
+    ([*MODEL, "--dataset", "nothing/"], "is no folder of images"),
 ])
-def test_mistakes_get_a_sentence(here, words, message, monkeypatch):
-    monkeypatch.chdir(here)
-    done = CliRunner().invoke(app, ["evaluate", *words])
+def test_mistakes_get_a_sentence(here, words, message):
+    done = run("evaluate", *words)
     assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output
-    assert sorted(p.name for p in here.iterdir() if "pycache" not in p.name) == ["their_models.py"]
+    assert done.stderr.startswith("error: ") and files(here) == ["their_models.py"]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train", "Trades"], "did you mean 'TRADES'"),
+    (["train", "TRADES", "--preset", "qick"], "did you mean 'quick'"),
+    (["train", "TRADES", "--set", "lr"], "setting 'lr': expected key=value"),
+    (["train", "TRADES", "--set", "seed=1"], "seed has a place of its own in the command"),
+    (["train", "TRADES", "--set", "epoch=3"], "unknown parameter 'epoch': did you mean 'epochs'"),
+    (["train", "TRADES", "--time-limit", "soon"], "expected something like 90s, 9m or 1h30m"),
+    (["table", 8], "unknown table 8"),
+    (["table", 1, "--jobs", "many"], "--jobs is 'many': expected a number of runs, or auto"),
+    (["table", 1, "--jobs", "0"], "--jobs is '0'"),
+    (["publish", "nothing"], "is not there"),
+    (["notebook", "their_models.py"], "their_models.py is no notebook"),
+    (["numbers", "qick"], "unknown preset 'qick': did you mean 'quick'"),
+    (["numbers", "quick"], "expected the root folder of a clone"),
+])
+def test_mistakes_in_other_commands_get_a_sentence(here, words, message):
+    done = run(*words)
+    assert done.exit_code == 1 and message in done.stderr and "Traceback" not in done.output
+    assert files(here) == ["their_models.py"]
+
+
+@pytest.mark.parametrize("parse, text, message", [
+    (parse_eps, "8:255", "eps is '8:255': expected a number or a fraction"),
+    (parse_eps, "1/0", "eps is '1/0'"),
+    (parse_time, "", "time limit is '': expected something like"),
+    (parse_time, "9min", "time limit is '9min'"),
+    (parse_settings, ["preset=quick"], "preset has a place of its own"),
+    (import_model, "torch:no_such", "torch:no_such cannot be imported"),
+    (import_model, "torch:no_grad.__name__", "cannot be imported"),
+    (import_model, "math:pi", "math:pi is a float: expected a function without arguments"),
+    (import_model, "math:cos", r"math:cos\(\) fails with TypeError"),
+    (import_model, "their_models:made", "their_models:made is a model: expected a function"),
+])
+def test_words_that_mean_nothing(here, parse, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize("error, code", [(ValueError("no"), 1), (OSError("no"), 1), (FloatingPointError("no"), 1),
+                                         (AssertionError("no"), 1), (KeyboardInterrupt(), 130)])
+def test_what_a_user_can_mend_is_said_in_a_line(error, code, capsys):
+    with pytest.raises(typer.Exit) as found, plain_errors():
+        raise error
+    assert found.value.exit_code == code and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(KeyError), plain_errors():
+        {}["nothing"]
+
+
+def test_a_notebook_that_is_not_there_is_a_mistake_in_the_command(here):
+    done = run("notebook", "figure9.ipynb")
+    assert done.exit_code == 2 and "does not exist" in done.stderr
+    (here / "figure9.ipynb").write_text("{}")
+    assert "parameter 'quick': expected name=value" in run("notebook", "figure9.ipynb", "quick").stderr
+
+
+@pytest.fixture
+def clone(here, monkeypatch):
+    "A folder that looks like a clone, with a plan of three steps."
+    page = dict(cells=[dict(cell_type="code", source=["words = 'none'"], metadata=dict(tags=["parameters"])),
+                       dict(cell_type="markdown", source=["# A page"], metadata={}),
+                       dict(cell_type="code", metadata={},
+                            source=["from pathlib import Path\n", "Path('../made').write_text(words)"])])
+    (here / "nbs").mkdir()
+    (here / "nbs/figure1.ipynb").write_text(json.dumps(page))
+    plan = [["notebook", "figure1", "words=once"], ["evaluate", "gone.safetensors", "--output", "gone.json"],
+            ["evaluate", "their_models.py", "--output", "nbs/figure1.ipynb"], ["chosen"]]
+    monkeypatch.setitem(advdpnp.runs.PLANS, "quick", plan)
+    return here
+
+
+def test_a_plan_is_carried_out(clone):
+    done = run("numbers", "quick")
+    assert done.exit_code == 0, done.output
+    assert (clone / "made").read_text() == "once"
+    assert done.stdout.splitlines() == [
+        "notebook figure1 words=once", "evaluate gone.safetensors --output gone.json",
+        "  left out: these weights are not here", "evaluate their_models.py --output nbs/figure1.ipynb", "  done",
+        "chosen", "  done"]
+
+
+def test_a_plan_stops_in_time(clone):
+    done = run("numbers", "quick", "--minutes", 0)
+    assert done.exit_code == 0 and "time is up; the same command goes on" in done.stdout
+    assert not (clone / "made").exists()
+    with pytest.raises(TimeoutError):
+        run_step(["notebook", "figure1"], "quick", 0.01)
+
+
+def test_a_step_that_fails_is_named_when_the_others_are_done(clone, monkeypatch):
+    monkeypatch.setattr(advdpnp.cli, "run_step", lambda step, *_: step[0] != "notebook")
+    done = run("numbers", "quick")
+    assert done.exit_code == 1 and "failed: notebook figure1 words=once" in done.stderr
+    assert done.stdout.splitlines()[-1] == "chosen"
+
+
+def test_what_nobody_has_chosen_is_asked_for(clone, monkeypatch):
+    monkeypatch.setitem(advdpnp.runs.PLANS, "quick", [["chosen"]])
+    monkeypatch.delitem(advdpnp.runs.CHOSEN, "quick")
+    done = run("numbers", "quick")
+    assert done.exit_code == 1 and "put what data/results/figure1.quick.csv says into CHOSEN" in done.stderr
+
+
+def test_a_plan_is_shown(here):
+    shown = run("numbers", "small", "--show").stdout.splitlines()
+    assert shown[:2] == ["table 1", "table 4"] and len(shown) == len(advdpnp.runs.PLANS["small"])
 
 
 def test_help():
-    overview = subprocess.run([ADVDPNP, "--help"], capture_output=True, text=True).stdout
-    assert "evaluate" in overview and "Measure a model" in overview
+    overview = run("--help").stdout
+    assert "evaluate" in overview and "Measure a model" in overview and "numbers" in overview
+    for command in ("evaluate", "train", "runs", "table", "publish", "notebook", "numbers"):
+        assert f"advdpnp {command}" in run(command, "--help").stdout.split("Examples:")[1]

@@ -2,24 +2,26 @@ import hashlib
 import http.client
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.io
 import scipy.stats
 import torch
 import torchvision
 
+import advdpnp
 from advdpnp import data
-from advdpnp.attacks import FGSM
-from advdpnp.baselines import CLEAN_METHODS, METHODS, make_net
-from advdpnp.data import Dataset, Loader, at_most, averaged, hold_out, load_dataset, pick_device, random_crop_flip
-from advdpnp.data import replacing, seeded
-from advdpnp.training import Trainer
+from advdpnp.core import pick_device, replacing, seeded
+from advdpnp.data import Dataset, Loader, Stream, at_most, averaged, hold_out, load_dataset, random_crop_flip
 
 RNG = np.random.default_rng(0)
 
@@ -103,22 +105,9 @@ def published(folder, name, monkeypatch, n=60):
     return arrays | dict(class_names=tuple(names))
 
 
-def train_on(dataset, method):
-    "An epoch of a few batches, and its validation; whether the network is another one afterwards."
-    torch.manual_seed(0)
-    net = make_net(method, "cifar_resnet8", dataset.num_classes, dataset.mean, dataset.std)
-    before = {name: value.clone() for name, value in net.named_parameters()}
-    settings = {} if method in CLEAN_METHODS else dict(eps=8 / 255, steps=2)
-    trainer = Trainer(net, METHODS[method](**settings), at_most(dataset, train=2 * dataset.num_classes + 32),
-                      epochs=1, batch_size=32,
-                      val_size=dataset.num_classes, val_attack=FGSM(8 / 255), device="cpu", quiet=True)
-    assert trainer.fit() and np.isfinite(list(trainer.history[0].values())).all()
-    return [name for name, value in net.named_parameters() if torch.equal(value, before[name])] == []
-
-
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
 def test_published_files(tmp_path, monkeypatch, offline, name):
-    arrays = published(tmp_path, name, monkeypatch, n=300)
+    arrays = published(tmp_path, name, monkeypatch)
     first = load_dataset(name, tmp_path)
     for key, value in arrays.items():
         assert np.array_equal(getattr(first, key), value)
@@ -126,7 +115,9 @@ def test_published_files(tmp_path, monkeypatch, offline, name):
     monkeypatch.setattr(data, "official_arrays", lambda *a: pytest.fail("the archive was not used"))
     second = load_dataset(name, tmp_path)
     assert second.sha256 == first.sha256 and second.class_names == first.class_names
-    assert train_on(second, "Adv-DPNP")
+    x, y = Loader(second.x_train, second.y_train, 60).take(torch.arange(60))
+    assert torch.equal(x, torch.from_numpy(arrays["x_train"]).permute(0, 3, 1, 2) / 255)
+    assert y.tolist() == arrays["y_train"].tolist()
 
 
 @pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-batches-py/data_batch_3"),
@@ -237,17 +228,86 @@ def test_damaged_archive(archive, damage):
 
 @pytest.mark.parametrize("change, message", [
     (dict(x_train=None), "lacks x_train"),
-    (dict(x_train=np.zeros((60, 32, 32, 3), np.float32)), "x_train is float32"),
+    (dict(y_train=None, x_test=None, y_test=None), "lacks y_train, x_test, y_test: an archive holds x_train"),
+    (dict(x_train=np.zeros((60, 32, 32, 3), np.float32)), "x_train is float32 .60, 32, 32, 3., expected uint8"),
     (dict(x_test=np.zeros((12, 32, 32), np.uint8)), "x_test is uint8 .* expected uint8"),
+    (dict(x_test=np.zeros((12, 3, 32, 32), np.uint8)), r"x_test is \(12, 3, 32, 32\), which looks like \(N, C, H, W\)"),
+    (dict(x_test=np.zeros((12, 16, 32, 3), np.uint8)), r"test images are \(16, 32, 3\), training images \(32, 32, 3\)"),
+    (dict(x_test=np.zeros((0, 32, 32, 3), np.uint8), y_test=np.arange(0)), r"expected int64 \(0,\) and at least one"),
     (dict(y_train=np.arange(59) % 3), r"y_train is int64 \(59,\), expected int64 \(60,\)"),
-    (dict(y_test=np.arange(12) % 3 - 1), "labels from -1 to 2"),
+    (dict(y_test=np.arange(12, dtype=np.int32) % 3), r"y_test is int32 \(12,\), expected int64 \(12,\)"),
+    (dict(y_test=np.arange(12) % 3 - 1), "labels from -1 to 2, expected 0 to 2"),
+    (dict(y_train=np.arange(60) % 3 + 1, y_test=np.arange(12) % 3 + 1), "labels from 1 to 3: they count from 0, or"),
     (dict(class_names=np.array(["a", "b"])), "labels from 0 to 2, expected 0 to 1"),
+    (dict(class_names=np.array(["a", "b", "c"], object)), "mine.npz holds Python objects, which are not read"),
+    (dict(mean=33.3, std=78.6), r"mean is \[33.3\] and std \[78.6\], expected 3 of each, of images in \[0, 1\]"),
+    (dict(mean=np.full(3, 0.5)), "expected 3 of each"),
+    (dict(mean=np.full(3, 0.5), std=np.array([0.2, 0.2, 0])), "expected 3 of each, of images in"),
 ])
 def test_bad_archive(archive, change, message):
     folder, arrays = archive
     np.savez(folder / "mine.npz", **{k: v for k, v in (arrays | change).items() if v is not None})
     with pytest.raises(ValueError, match=message):
         load_dataset("mine", folder)
+
+
+def test_an_archive_may_hold_more_or_less(archive):
+    folder, arrays = archive
+    more = dict(class_names=["a", "b", "c"], mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), flip=False)
+    np.savez(folder / "mine.npz", **arrays, **more)
+    mine = load_dataset(folder / "mine.npz")
+    assert (mine.class_names, mine.mean, mine.std, mine.flip) == (("a", "b", "c"), *list(more.values())[1:])
+    np.savez(folder / "mine.npz", x_test=arrays["x_test"], y_test=arrays["y_test"])
+    mine = load_dataset(f"{folder}/mine.npz")
+    assert repr(mine) == "Dataset('mine': 0 training and 12 test images, 32x32x3, 3 classes)"
+    np.testing.assert_allclose(mine.mean, (arrays["x_test"] / 255).mean((0, 1, 2)))
+    with pytest.raises(ValueError, match="sume.npz is not there: expected an .npz archive with x_train"):
+        load_dataset(folder / "sume.npz")
+
+
+@pytest.fixture
+def pets(tmp_path):
+    "Two cats and a dog as grey pictures in folders, and their pixels."
+    x = images(3, 8, 1)
+    for name, image in zip(("cat/1.png", "cat/2.png", "dog/3.png"), x):
+        path = tmp_path / "pets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image.squeeze()).save(path)
+    return tmp_path / "pets", x
+
+
+def test_pictures_in_folders(pets, monkeypatch):
+    folder, x = pets
+    grey = load_dataset(folder)
+    assert (grey.name, grey.class_names, grey.y_test.tolist(), grey.flip) == ("pets", ("cat", "dog"), [0, 0, 1], True)
+    assert np.array_equal(grey.x_test, x) and grey.x_train.shape == (0, 8, 8, 1)
+    (folder / "10").mkdir(), (folder / "2").mkdir()  # classes without a picture
+    assert load_dataset(f"{folder}/").class_names == ("10", "2", "cat", "dog")
+    PIL.Image.fromarray(images(1, 8)[0]).save(folder / "dog/4.png")  # one in colour
+    assert np.array_equal(load_dataset(folder).x_test[:3], x.repeat(3, axis=3))
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ValueError, match="pets is a folder: with a slash, pets/, its images are read"):
+        load_dataset("pets")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("dog/4.png", np.zeros((2, 8), np.uint8), "dog/4.png is 8x2, .*cat/1.png is 8x8: all must be of one size"),
+    ("dog/4.png", np.zeros((8, 8), np.uint16), "4.png has more than 8 bits a channel .mode I;16.: expected 8"),
+    ("dog/4.png", b"half a picture", "4.png is damaged or no image"),
+])
+def test_a_bad_picture_is_named(pets, name, content, message):
+    path = pets[0] / name
+    path.write_bytes(content) if isinstance(content, bytes) else PIL.Image.fromarray(content).save(path)
+    with pytest.raises(ValueError, match=message):
+        load_dataset(pets[0])
+
+
+def test_a_folder_without_pictures(tmp_path):
+    with pytest.raises(ValueError, match="nothing is no folder of images: expected one sub-folder a class"):
+        load_dataset(tmp_path / "nothing")
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ValueError, match="is no folder of images: there are none in its sub-folders"):
+        load_dataset(tmp_path)
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path):
@@ -277,6 +337,57 @@ def test_held_out_images_are_stratified_disjoint_and_fixed(digits):
     share = np.bincount(held.y_test) / np.bincount(digits.y_train)
     assert share.max() - share.min() < 0.02
     assert (held.mean, held.class_names) == (digits.mean, digits.class_names)
+
+
+def part(dataset, kept):
+    return replace(dataset, x_train=dataset.x_train[kept], y_train=dataset.y_train[kept])
+
+
+@pytest.mark.parametrize("kept, size, message", [
+    (slice(None), 1297, "cannot hold 1297 of 1297 images out: expected 10 to 1287"),
+    (slice(None), 9, "cannot hold 9 of 1297 images out: expected 10 to 1287"),
+    (slice(0), None, "digits has no training images"),
+    (slice(19), None, "digits has 19 training images: expected at least two of each of 10 classes"),
+    ("all but one 3", None, "class 3 of digits has 1 training image: expected at least 2, one to hold out"),
+])
+def test_too_few_to_hold_out(digits, kept, size, message):
+    if kept == "all but one 3":
+        kept = np.sort(np.append(np.where(digits.y_train != 3)[0], np.where(digits.y_train == 3)[0][0]))
+    with pytest.raises(ValueError, match=message):
+        hold_out(part(digits, kept), size)
+
+
+def test_one_of_each_class_is_held_out_where_a_tenth_is_less(digits):
+    held = hold_out(part(digits, slice(60)))
+    assert len(held.x_test) == 10 and len(hold_out(digits).x_test) == 129
+
+
+def fingerprint(*tensors):
+    "The first digits of a hash of what tensors or arrays hold."
+    return data.hash_of(*map(np.asarray, tensors))[:12]
+
+
+def test_splits_and_subsets_are_those_of_earlier_versions(digits):
+    "Numbers in records are about these images, so they must never change."
+    assert digits.sha256.startswith("30e8ab77f5ec9427")
+    assert hold_out(digits).sha256.startswith("a32b4957e117")
+    assert hold_out(digits, 200, seed=1).sha256.startswith("93ed76467621")
+    assert at_most(digits, train=300, test=50).sha256.startswith("5cb6707a2002")
+    assert at_most(digits, 300, 50, seed=1).sha256.startswith("f8f1aa2bb3bb")
+    assert averaged(digits, 4).sha256.startswith("8e8174addb3a")
+
+
+def test_batches_are_those_of_earlier_versions(digits):
+    "A run that began with an earlier version goes on with the same images."
+    loader = Loader(digits.x_train, digits.y_train, 500, train=True, padding=1, flip=True, seed=5)
+    (x, y), (last, _) = [*loader.epoch(0)][0], [*loader.epoch(3, start=1)][0]
+    assert [fingerprint(x, y), fingerprint(last)] == ["e57d1cd01797", "e0652abf7817"]
+    crops = random_crop_flip(torch.from_numpy(digits.x_train), 2, True, seeded("cpu", 1, 2))
+    assert fingerprint(crops) == "702075584f91"
+    pictures = torch.utils.data.TensorDataset(torch.from_numpy(digits.x_test).permute(0, 3, 1, 2),
+                                              torch.from_numpy(digits.y_test))
+    stream = Stream(torch.utils.data.DataLoader(pictures, 100, shuffle=True), seed=4)
+    assert fingerprint(*next(stream.epoch(3, start=2))) == "102c26cf472f"
 
 
 def test_crops_are_uniform_flips_are_half_and_each_image_has_its_own():
@@ -309,6 +420,49 @@ def test_batches_depend_on_seed_epoch_and_place_alone(digits):
     assert not torch.equal(next(make(1).epoch(3))[0], whole[0][0])
     labels = torch.cat([y for _, y in whole])
     assert len(labels) == 1200 and (torch.bincount(labels) > 90).all()
+
+
+class Longer(list):
+    "Says that it holds two batches, however many there are."
+    __len__ = lambda self: 2
+
+
+X, Y = torch.rand(4, 1, 8, 8), torch.arange(4)
+
+
+@pytest.mark.parametrize("batches, message", [
+    (Longer([(X, Y)] * 3), "the stream goes on after 2 batches, which is its length: expected an epoch"),
+    (Longer([]), "the stream ended after 0 batches, its length is 2"),
+    (Longer([(X, Y)]), "the stream ended after 1 batches, its length is 2"),
+    ([(2 + X.round(), Y)], r"is torch.float32 \(4, 1, 8, 8\) from 2 to 3, expected \(B, C, H, W\), uint8 or floats"),
+    ([(X - 0.5, Y)], "normalise inside the model"),
+    ([(X[0], Y)], r"is torch.float32 \(1, 8, 8\)"),
+    ([((255 * X).long(), Y)], "is torch.int64"),
+])
+def test_a_bad_stream(batches, message):
+    with pytest.raises(ValueError, match=message):
+        list(Stream(batches).epoch())
+
+
+def test_a_stream_tells_its_sampler_the_epoch_and_seeds_the_generator():
+    class Batches(list):
+        sampler = Mock()
+
+    stream = Stream(Batches([(X, Y), ((255 * X).to(torch.uint8), Y.int())]))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    _, (x, y) = stream.epoch(3)
+    assert torch.equal(torch.get_rng_state(), before)  # without a seed the generator is left alone
+    assert (x.dtype, y.dtype, float(x.max()) <= 1) == (torch.float32, torch.int64, True)
+    stream.batches.sampler.set_epoch.assert_called_once_with(3)
+    stream.seed = 0
+    drawn = [torch.rand(1).item() for _ in range(2) for _ in stream.epoch(3)]
+    assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]
+
+
+def test_importing_loads_no_scikit_learn():
+    code = "import sys, advdpnp.prototypes, advdpnp.data; sys.exit('sklearn' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_gpu_that_is_not_there():
@@ -376,6 +530,22 @@ def test_subsets_are_stratified_nested_and_fixed():
             at_most(whole, **size)
 
 
+def train_on(dataset, method):
+    "An epoch of a few batches, and its validation; whether every parameter of the network has moved."
+    from advdpnp.methods import make_net
+
+    kind = advdpnp.METHODS[method]
+    torch.manual_seed(0)
+    net = make_net(method, "cifar_resnet8", dataset.num_classes, dataset.mean, dataset.std)
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    few = at_most(dataset, train=2 * dataset.num_classes + 32)
+    trainer = advdpnp.Trainer(net, kind(**(dict(eps=8 / 255, steps=2) if kind.adversarial else {})), few, epochs=1,
+                              batch_size=32, val_size=dataset.num_classes, val_attack=advdpnp.FGSM(8 / 255),
+                              device="cpu", quiet=True)
+    assert trainer.fit() and np.isfinite(list(trainer.history[0].values())).all()
+    return [name for name, value in net.named_parameters() if torch.equal(value, before[name])] == []
+
+
 @pytest.mark.parametrize("name, shapes, mean", [
     ("cifar10", (50_000, 10_000), (0.4914, 0.4822, 0.4465)),
     ("cifar100", (50_000, 10_000), (0.5071, 0.4865, 0.4409)),
@@ -390,7 +560,7 @@ def test_real_data(packed, name, shapes, mean):
         assert (np.bincount(dataset.y_train) == 50_000 // dataset.num_classes).all()
     small = at_most(averaged(dataset, 16), train=1000)
     assert small.x_train.shape == (1000, 16, 16, 3) and small.flip == dataset.flip
-    for method in METHODS:
+    for method in advdpnp.METHODS:
         assert train_on(dataset, method), method
 
 

@@ -1,26 +1,62 @@
+"Evaluations and their records, of linear models that are fitted in one step."
 import json
+import math
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from torch import nn
 
-from advdpnp.attacks import CW, FGSM, PGD, full_precision
+from advdpnp.attacks import CW, FGSM, PGD
 from advdpnp.autoattack import AutoAttack
 from advdpnp.data import Loader
-from advdpnp.evaluation import evaluate, robustbench_info, standard_attacks, wilson
-from advdpnp.sanity import failed, robustness_curve
-from advdpnp.training import AdvDPNP, Trainer
+from advdpnp.evaluation import (OtherEvaluation, Resume, accuracy, as_dataset, check_table, evaluate, from_digits,
+                                percent, report, robustbench_info, standard_attacks, wilson)
+from advdpnp.sanity import failed
+
+RESULTS = Path(__file__).parent.parent / "data/results"
 
 
-@pytest.mark.parametrize("correct, n", [(0, 1), (1, 1), (0, 500), (3, 500), (250, 500), (499, 500), (500, 500),
-                                        (8231, 10000)])
-def test_wilson_against_scipy(correct, n):
-    interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
-    assert wilson(correct, n) == pytest.approx((interval.low, interval.high), abs=1e-9)
+def fitted(digits):
+    "A linear classifier of the digits."
+    x, y = Loader(digits.x_train, digits.y_train, 1).take(torch.arange(len(digits.y_train)))
+    ones = torch.ones(len(x), 1)
+    target = 10 * nn.functional.one_hot(y, 10).float()
+    inputs = torch.cat([x.flatten(1), ones], 1).double()
+    weight = torch.linalg.solve(inputs.T @ inputs + torch.eye(65), inputs.T @ target.double()).float()
+    linear = nn.Linear(64, 10)
+    linear.load_state_dict(dict(weight=weight[:-1].T.contiguous(), bias=weight[-1]))
+    return nn.Sequential(nn.Flatten(), linear).eval()
+
+
+@pytest.fixture
+def model(digits):
+    return fitted(digits)
+
+
+class Invert:
+    "Somebody's attack: RobustBench's conventions, and no more."
+    eps, name = 1.0, "invert"
+
+    def __init__(self, strength=1.0):
+        self.strength = strength
+
+    def __call__(self, model, x, y):
+        return x + self.strength * (1 - 2 * x)
+
+
+@pytest.mark.parametrize("k, n", [(0, 1), (1, 1), (0, 500), (3, 500), (250, 500), (499, 500), (8231, 10000)])
+def test_wilson_is_the_formula(k, n):
+    p, z = k / n, 1.959964
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    expected = np.clip([(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)], 0, 1)
+    assert wilson(k, n) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("correct, n", [(1, 0), (-1, 5), (6, 5)])
@@ -29,17 +65,19 @@ def test_no_proportion(correct, n):
         wilson(correct, n)
 
 
-def test_record_adds_up_and_the_model_is_untouched(net, digits):
-    net.train()
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    record = evaluate(net, digits, [FGSM(0.1), PGD(0.1, steps=3)], images=100, quiet=True)
-    assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+def test_record_adds_up_and_the_model_is_untouched(model, digits):
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    record = evaluate(model, digits, [FGSM(0.1), PGD(0.1, steps=3)], images=100, quiet=True)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert json.loads(json.dumps(record)) == record
     assert record["n"] == 100 and record["data_sha256"] == digits.sha256
     metrics = record["metrics"]
-    assert list(metrics) == ["clean", "fgsm", "pgd3", "worst"]
-    for m in metrics.values():
+    assert list(metrics) == list(record["verdicts"]) == ["clean", "fgsm", "pgd3", "worst"]
+    for name, m in metrics.items():
         assert m["accuracy"] == m["correct"] and m["low"] <= m["accuracy"] <= m["high"] and m["n"] == 100
+        assert m == accuracy(from_digits(record["verdicts"][name])) | {k: m[k] for k in m.keys() & {"attack"}}
     lower = min(metrics["fgsm"]["accuracy"], metrics["pgd3"]["accuracy"])
     assert metrics["worst"]["accuracy"] <= lower <= metrics["clean"]["accuracy"]
     assert metrics["pgd3"]["attack"] == dict(name="pgd3", images=100, eps=0.1, step_size=0.025, steps=3,
@@ -52,7 +90,7 @@ def test_record_adds_up_and_the_model_is_untouched(net, digits):
 def test_worst_case_is_taken_image_by_image(digits):
     "Two attacks that break different halves: each leaves 50%, together they leave nothing."
 
-    class Right(torch.nn.Module):
+    class Right(nn.Module):
         "Always right on the images it is given, unless their first pixel is at its largest."
         def __init__(self):
             super().__init__()
@@ -61,11 +99,11 @@ def test_worst_case_is_taken_image_by_image(digits):
 
         def forward(self, x):
             nearest = torch.cdist(x.flatten(1)[:, 1:], self.images.flatten(1)[:, 1:]).argmin(1)
-            right = torch.nn.functional.one_hot(self.labels[nearest], 10).float()
+            right = nn.functional.one_hot(self.labels[nearest], 10).float()
             return torch.where((x[:, 0, 0, 0] >= 0.5)[:, None], right.roll(1, 1), right)
 
     class Half(PGD):
-        def search(self, model, x, y, generator=None):
+        def search(self, still, x, y, draws):
             x = x.clone()
             hit = y % 2 == self.seed
             x[hit, 0, 0, 0] = 0.5
@@ -77,53 +115,49 @@ def test_worst_case_is_taken_image_by_image(digits):
     class Even(Half):
         name = "even"
 
-    metrics = evaluate(Right(), digits, [Even(0.5, seed=0), Odd(0.5, seed=1)], quiet=True)["metrics"]
+    metrics = evaluate(Right(), digits, [Even(0.5, seed=0), Odd(0.5, seed=1)], images=100, quiet=True)["metrics"]
     assert metrics["clean"]["accuracy"] == 100
-    assert metrics["even"]["correct"] + metrics["odd"]["correct"] == 500 and 200 < metrics["even"]["correct"] < 300
+    assert metrics["even"]["correct"] + metrics["odd"]["correct"] == 100 and 30 < metrics["even"]["correct"] < 70
     assert metrics["worst"]["correct"] == 0
 
 
-def test_budget_curve_starts_at_clean_and_ends_at_nothing(net, digits):
-    Trainer(net, AdvDPNP(eps=0.2, steps=2), digits, epochs=3, batch_size=64, padding=0, device="cpu", quiet=True).fit()
-    curve = robustness_curve(net, Loader(digits.x_test[:100], digits.y_test[:100], 100), PGD(0.2), [0.1, 0.5])
-    clean = evaluate(net, digits, images=100, quiet=True)["metrics"]["clean"]["accuracy"]
-    assert curve["eps"] == [0, 0.1, 0.5] and curve["accuracy"][0] == clean and curve["n"] == 100
-    assert clean > 60
-    assert curve["accuracy"][0] > curve["accuracy"][1] > curve["accuracy"][2]
-    assert curve["accuracy"][2] < 5
-
-
-def test_sanity_checks_are_of_the_attack_in_the_record(net, digits, monkeypatch):
+def test_sanity_checks_are_of_the_attack_in_the_record(model, digits, monkeypatch):
     trusted = []
-    monkeypatch.setattr("advdpnp.evaluation.sanity",
+    monkeypatch.setattr("advdpnp.sanity.sanity",
                         lambda model, few, seen, attack, *rest: trusted.append(attack) or {})
     slow = PGD(0.1, step_size=0.01)
     for attacks in ([FGSM(0.1), slow, CW(0.1)], [PGD(0.05, steps=3), slow], [FGSM(0.3, norm="l2")]):
-        evaluate(net, digits, attacks, images=5, quiet=True)
+        evaluate(model, digits, attacks, images=5, quiet=True)
     assert trusted == [slow, slow, PGD(0.3, norm="l2")]
 
 
-def test_autoattack_on_fewer_images(net, digits):
-    record = evaluate(net, digits, [PGD(0.1, steps=3), AutoAttack(0.1, steps=3, queries=10)], images=90,
+def test_autoattack_on_fewer_images(model, digits):
+    record = evaluate(model, digits, [PGD(0.1, steps=3), AutoAttack(0.1, steps=3, queries=10)], images=90,
                       limits=dict(autoattack=30), quiet=True)
-    assert {name: m["n"] for name, m in record["metrics"].items()} == dict(clean=90, pgd3=90, autoattack=30, worst=30)
+    counts = dict(clean=90, pgd3=90, autoattack=30, worst=30)
+    assert {name: m["n"] for name, m in record["metrics"].items()} == counts
+    assert {name: len(v) for name, v in record["verdicts"].items()} == counts
     assert list(record["metrics"]["autoattack"]["stages"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert record["metrics"]["worst"]["correct"] <= record["metrics"]["autoattack"]["correct"]
+    assert "worst is over the 30 that all attacks saw" in report(record)  # never silently
 
 
 def test_anyone_s_attack_and_anyone_s_model(digits):
-    "An attack with eps and a name, and a plain module: RobustBench's conventions, and no more."
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
-
-    class Invert:
-        eps, name = 1.0, "invert"
-
-        def __call__(self, model, x, y, generator=None):
-            return 1 - x
-
-    record = evaluate(model, digits, [Invert(), *standard_attacks(0.1)[:3]], quiet=True)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    record = evaluate(model, digits, [Invert(), *standard_attacks(0.1)[:3]], images=50, quiet=True)
     assert list(record["metrics"]) == ["clean", "invert", "fgsm", "pgd20", "cw", "worst"]
+
+
+def test_anyone_s_images(model, digits):
+    x, y = Loader(digits.x_test, digits.y_test, 1).take(torch.arange(30))
+    y = y.clamp(max=8)  # no image of the last class: the model says how many there are
+    ours = evaluate(model, (digits.x_test[:30], y.numpy()), [FGSM(0.1)], quiet=True)
+    for pair in ((x, y), (x.numpy(), y.numpy()), (x.double(), y.int())):
+        theirs = evaluate(model, pair, [FGSM(0.1)], quiet=True)
+        assert theirs["verdicts"] == ours["verdicts"] and theirs["data_sha256"] == ours["data_sha256"]
+    with pytest.raises(ValueError, match="expected floats in"):
+        as_dataset((255 * x, y), model)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -131,23 +165,50 @@ def test_anyone_s_attack_and_anyone_s_model(digits):
                          ids=["TorchScript", "frozen"])
 def test_a_compiled_model_is_attacked_as_the_model(digits, compiled):
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(),
-                              torch.nn.Linear(144, 10)).eval()
-    ours, theirs = (
-        evaluate(model, digits, standard_attacks(0.02)[:2], images=50, quiet=True)["metrics"]
-        for model in (net, compiled(net))
-    )
-    assert {name: m["correct"] for name, m in ours.items()} == {name: m["correct"] for name, m in theirs.items()}
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)).eval()
+    ours, theirs = (evaluate(model, digits, standard_attacks(0.02)[:2], images=50, quiet=True)["verdicts"]
+                    for model in (net, compiled(net)))
+    assert ours == theirs
 
 
-def test_a_model_that_is_right_nowhere(digits):
-    class Wrong(torch.nn.Module):
+def test_a_model_that_cannot_be_copied_is_left_as_it_was(digits):
+    class Alone(nn.Sequential):
+        def __deepcopy__(self, memo):
+            raise TypeError("there is one of me")
+
+    net = Alone(*fitted(digits)).train()
+    ours, theirs = (evaluate(model, digits, [FGSM(0.1)], images=50, quiet=True)["verdicts"]
+                    for model in (fitted(digits), net))
+    assert ours == theirs and net.training and all(p.requires_grad for p in net.parameters())
+
+
+def test_everything_runs_in_true_float32(digits):
+    class Watching(nn.Module):
+        seen = set()
+
+        def __init__(self):
+            super().__init__()
+            self.net = fitted(digits)
+
         def forward(self, x):
-            return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float() * x.flatten(1).sum(1, keepdim=True)
+            Watching.seen.add((torch.backends.cudnn.conv.fp32_precision, torch.is_autocast_enabled("cpu")))
+            return self.net(x)
 
-    from dataclasses import replace
-    never = replace(digits, y_test=digits.y_test * 0)
-    record = evaluate(Wrong().eval(), never, standard_attacks(0.1), images=20, quiet=True)
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        with torch.autocast("cpu"):
+            evaluate(Watching().eval(), digits, [PGD(0.1, steps=2)], images=20, twin=Watching().eval(), quiet=True)
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32" and Watching.seen == {("ieee", False)}
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_a_model_that_is_right_nowhere(model, digits):
+    with torch.no_grad():
+        model[1].bias[3] += 1000
+    attacks = [FGSM(0.1), PGD(0.1), AutoAttack(0.1, steps=3, queries=5)]
+    record = evaluate(model, replace(digits, y_test=digits.y_test * 0), attacks, images=20, quiet=True)
     assert {m["correct"] for m in record["metrics"].values()} == {0}
 
 
@@ -157,115 +218,122 @@ def test_a_model_that_is_right_nowhere(digits):
     (dict(batch_size=0), "batch_size is 0"),
     (dict(check_images=0), "check_images is 0"),
     (dict(limits=dict(fgsm=-3)), "the limit of fgsm is -3"),
+    (dict(limits=dict(pgd=3)), "unknown attack with a limit 'pgd'"),
+    (dict(attacks=[FGSM(0.1), FGSM(0.2)]), "attacks named fgsm, fgsm: expected different names"),
+    (dict(attacks=[FGSM(0.0)]), "eps is 0: nothing to attack with"),
+    (dict(twin=nn.Sequential(nn.Flatten(), nn.Linear(64, 7))), "the twin has another number of classes"),
 ])
-def test_numbers_of_images_that_cannot_be(net, digits, settings, message):
+def test_arguments_that_do_not_go_together(model, digits, settings, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(net, digits, standard_attacks(0.1)[:1], quiet=True, **settings)
+        evaluate(model, digits, **dict(attacks=[FGSM(0.1)], quiet=True) | settings)
 
 
-def test_a_model_and_an_attack_that_would_spoil_the_record(net, digits):
-    class Clean(FGSM):
-        name = "clean"
+@pytest.mark.parametrize("name", ["clean", "worst"])
+def test_an_attack_that_would_spoil_the_record(model, digits, name):
+    attack = type("Spoiler", (FGSM,), dict(name=name))(0.1)
+    with pytest.raises(ValueError, match=f"an attack is named {name}"):
+        evaluate(model, digits, [attack], images=20, quiet=True)
 
-    with pytest.raises(ValueError, match="an attack is named clean"):
-        evaluate(net, digits, [Clean(0.1)], images=20, quiet=True)
-    net.head.directions.data[0] = float("nan")
+
+def test_a_model_that_would_spoil_the_record(model, digits):
+    model[1].weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="logits are not finite for 20 of 20 test images"):
-        evaluate(net, digits, standard_attacks(0.1)[:1], images=20, quiet=True)
+        evaluate(model, digits, [FGSM(0.1)], images=20, quiet=True)
 
 
 KILLED = """
-import sys, torch
-from advdpnp.autoattack import AutoAttack
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import advdpnp.evaluation
+from test_evaluation import fitted, how
 from advdpnp.data import load_dataset
-from advdpnp.evaluation import evaluate
-from advdpnp.prototypes import PrototypeNet
-torch.set_num_threads(1)
+
+def write_and_wait(path, value, write=advdpnp.evaluation.write_json):
+    write(path, value)
+    if value["stages"].get("autoattack/apgd-t", [0])[0] == 1:
+        time.sleep(60)
+
+advdpnp.evaluation.write_json = write_and_wait
 digits = load_dataset("digits")
-torch.manual_seed(0)
-net = PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std).eval()
-record = evaluate(net, digits, [AutoAttack(0.002, queries=300)], images=100, batch_size=4, resume=sys.argv[1],
-                  quiet=True)
-print({name: m["correct"] for name, m in record["metrics"].items()}, record["metrics"]["autoattack"]["stages"])
+advdpnp.evaluation.evaluate(fitted(digits), digits, **how, resume=sys.argv[1])
 """
+how = dict(attacks=[AutoAttack(0.07, steps=3, targets=2, queries=20)], images=24, batch_size=6, quiet=True)
 
 
-def test_killed_it_goes_on_from_its_state_file(tmp_path):
-    run = lambda name, **kw: subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path / name)], stdout=subprocess.PIPE, text=True, **kw
-    )
-    whole = run("whole").communicate()[0]
-    killed, state = run("state"), tmp_path / "state"
-    while not (state.exists() and "apgd-t" in state.read_text()):
+def test_killed_it_goes_on_from_its_state_file(model, digits, tmp_path):
+    state, stages = tmp_path / "state", {}
+    killed = subprocess.Popen([sys.executable, "-c", KILLED, state, Path(__file__).parent])
+    while stages.get("autoattack/apgd-t", [0])[0] < 1:
         assert killed.poll() is None
-        time.sleep(0.02)
+        time.sleep(0.05)
+        stages = json.loads(state.read_text())["stages"] if state.exists() else {}
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    before = json.loads(state.read_text())["stages"]
-    assert list(before) == ["autoattack/apgd-ce", "autoattack/apgd-t"]
-    assert run("state").communicate()[0] == whole != ""
+    resumed, whole = evaluate(model, digits, **how, resume=state), evaluate(model, digits, **how)
+    assert list(json.loads(state.read_text())["stages"]) == [f"autoattack/{s.name}" for s in how["attacks"][0].stages]
+    assert resumed["metrics"] == whole["metrics"] and resumed["verdicts"] == whole["verdicts"]
+    assert 0 < whole["metrics"]["autoattack"]["correct"] < whole["metrics"]["clean"]["correct"]
 
 
-def test_a_state_file_of_another_evaluation_is_refused(net, digits, tmp_path):
-    evaluate(net, digits, [PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True)
-    for changed in (dict(seed=1), dict(images=90), dict(attacks=[PGD(0.2, steps=2)])):
-        with pytest.raises(ValueError, match="is of another evaluation"):
-            evaluate(net, digits, **{**dict(attacks=[PGD(0.1, steps=2)], images=100, resume=tmp_path / "state",
-                                            quiet=True), **changed})
+def test_a_state_file_of_another_evaluation_is_refused(model, digits, tmp_path):
+    first = dict(attacks=[Invert(0.0)], images=100, resume=tmp_path / "state", quiet=True)
+    evaluate(model, digits, **first)
+    for changed in (dict(seed=1), dict(images=90), dict(attacks=[FGSM(0.1)]), dict(attacks=[Invert(0.5)])):
+        with pytest.raises(OtherEvaluation, match="is of another evaluation"):
+            evaluate(model, digits, **first | changed)
     with torch.no_grad():
-        net.head.directions.add_(0.1)
-    with pytest.raises(ValueError, match=r"another evaluation \(logits differ\)"):
-        evaluate(net, digits, [PGD(0.1, steps=2)], images=100, resume=tmp_path / "state", quiet=True)
+        model[1].bias[0] += 1
+    with pytest.raises(OtherEvaluation, match=r"another evaluation \(logits differ\): delete it"):
+        evaluate(model, digits, **first)
 
 
-def test_an_attack_of_other_settings_does_not_go_on_from_the_state(net, digits, tmp_path):
-    class Mine:
-        name, eps = "mine", 0.5
-
-        def __init__(self, strength):
-            self.strength = strength
-
-        def __call__(self, model, x, y, generator=None):
-            return (x + self.strength).clamp(0, 1)
-
-    evaluate(net, digits, [Mine(0.0)], images=200, resume=tmp_path / "state.json", quiet=True)
-    with pytest.raises(ValueError, match="is of another evaluation .attacks differ"):
-        evaluate(net, digits, [Mine(0.5)], images=200, resume=tmp_path / "state.json", quiet=True)
+def test_a_deadline_stops_after_the_batch_with_everything_kept(model, digits, tmp_path):
+    with pytest.raises(TimeoutError, match="time is up in fgsm: .*state goes on from there"):
+        evaluate(model, digits, [FGSM(0.1), PGD(0.1)], images=60, batch_size=20, resume=tmp_path / "state",
+                 deadline=time.time(), quiet=True)
+    kept = Resume(tmp_path / "state", json.loads((tmp_path / "state").read_text())["key"])
+    assert kept.begin("fgsm")[0] == 1 and kept.begin("pgd20") == (0, None) and kept.seconds > kept.before > 0
+    with pytest.raises(TimeoutError, match="time is up before the sanity checks"):
+        evaluate(model, digits, images=60, deadline=time.time(), quiet=True)
 
 
-def test_attacks_from_an_iterator_or_none(net, digits):
-    found = evaluate(net, digits, iter([FGSM(0.1)]), images=20, quiet=True)
+def test_attacks_from_an_iterator_or_none(model, digits):
+    found = evaluate(model, digits, iter([FGSM(0.1)]), images=20, quiet=True)
     assert list(found["metrics"]) == ["clean", "fgsm", "worst"] and "checks" in found
-    assert list(evaluate(net, digits, images=20, quiet=True)["metrics"]) == ["clean"]
+    assert list(evaluate(model, digits, images=20, quiet=True)["metrics"]) == ["clean"]
 
 
-def test_an_ensemble_of_one_s_own_is_called_as_it_is(net, digits):
-    class Ensemble:
-        name, eps, attacks = "mine", 0.1, [FGSM(0.1)]
+def test_an_ensemble_of_one_s_own_is_called_as_it_is(model, digits):
+    class Ensemble(Invert):
+        attacks = [FGSM(0.1)]
 
-        def __call__(self, model, x, y, generator=None):
-            return x
-
-    record = evaluate(net, digits, [Ensemble()], images=20, quiet=True)
-    assert record["metrics"]["mine"]["correct"] == record["metrics"]["clean"]["correct"]
+    record = evaluate(model, digits, [Ensemble(0.0)], images=20, quiet=True)
+    assert record["metrics"]["invert"]["correct"] == record["metrics"]["clean"]["correct"]
     assert {check["name"]: check["passed"] for check in record["checks"]}["square"] is None
 
 
-def test_robustbench_entry_has_the_leaderboard_s_keys(net, digits):
-    record = evaluate(net, digits, [AutoAttack(8 / 255, steps=3, queries=5)], images=30, quiet=True)
+def test_robustbench_entry_has_the_leaderboard_s_keys(model, digits):
+    attack = AutoAttack(8 / 255, steps=3, queries=5)
+    record = evaluate(model, digits, [attack], images=30, quiet=True)
     info = robustbench_info(record, "A paper", "Some One", "ResNet-8")
     assert set(info) == {"link", "name", "authors", "additional_data", "number_forward_passes", "dataset",
-                         "venue", "architecture",
-                         "eps", "clean_acc", "reported", "autoattack_acc"}
+                         "venue", "architecture", "eps", "clean_acc", "reported", "autoattack_acc"}
     assert info["eps"] == "8/255" and float(info["autoattack_acc"]) <= float(info["clean_acc"])
+    with pytest.raises(ValueError, match="AutoAttack was run on 30 of 500 images"):
+        robustbench_info(record | dict(n=500), "", "", "")
+    with pytest.raises(ValueError, match="the record has clean: RobustBench needs autoattack"):
+        robustbench_info(dict(metrics=dict(clean=record["metrics"]["clean"])), "", "", "")
 
 
-def test_a_user_s_precision_is_respected_and_restored():
-    before = torch.backends.cudnn.conv.fp32_precision
-    try:
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
-        with full_precision():
-            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+@pytest.mark.parametrize("name", ["table1.quick.json", "table1.small.json"])
+def test_records_made_before_are_read(name):
+    record = json.loads((RESULTS / name).read_text())[-1]["best"]
+    text = report(record)
+    assert f"| clean | {record['metrics']['clean']['accuracy']:.2f} |" in text and "… after square" in text
+    assert check_table(record["checks"])[0] in text
+
+
+def test_tradeoff_records_made_before_are_read():
+    record = json.loads((RESULTS / "figure2.quick.json").read_text())[0]
+    for name in ("clean", "worst"):
+        assert percent(from_digits(record["verdicts"][name])) == pytest.approx(record[name]["accuracy"])

@@ -5,13 +5,13 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 
-from advdpnp.attacks import PGD
-from advdpnp.baselines import LinearNet
-from advdpnp.data import Loader, seeded
+from advdpnp.attacks import PGD, Draws
+from advdpnp.data import Loader
 from advdpnp.geometry import angles, cosines, discriminability, features_of, geometry, simplex_deviation
-from advdpnp.prototypes import PrototypeNet
+from advdpnp.prototypes import LinearNet, PrototypeNet
 
 DISTANCES = ("to_own_mean", "to_nearest_mean", "means_apart", "to_own_prototype", "to_nearest_prototype")
 SQUARES = ("within", "between")
@@ -70,7 +70,7 @@ def reference(f, y, c, z):
     return numbers, found
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_every_number_is_what_a_loop_finds(seed):
     f, y, c, z = case(seed)
     found = discriminability(f, y, c, z)
@@ -115,8 +115,7 @@ def test_what_moves_everything_alike_changes_nothing(seed):
     assert angles((c @ q).numpy()) == pytest.approx(angles(c.numpy()))
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("prototypes_too", [False, True])
+@pytest.mark.parametrize("seed, prototypes_too", [(0, False), (1, True), (2, False), (3, True)])
 def test_scale_changes_distances_alone(seed, prototypes_too):
     f, y, c, z = case(seed)
     before, after = discriminability(f, y, c, z), discriminability(3 * f, y, 3 * c if prototypes_too else c, z)
@@ -125,13 +124,12 @@ def test_scale_changes_distances_alone(seed, prototypes_too):
     for name in SQUARES:
         assert after[name] == pytest.approx(9 * before[name], rel=1e-9)
     for name in DISTANCES:
-        assert (
-            prototypes_too is False and "prototype" in name or after[name] == pytest.approx(3 * before[name], rel=1e-9)
-        )
+        assert ("prototype" in name and not prototypes_too
+                or after[name] == pytest.approx(3 * before[name], rel=1e-9)), name
     assert angles(3 * c.numpy()) == pytest.approx(angles(c.numpy()))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_the_nearest_prototype_has_the_highest_logit_if_all_have_one_norm(seed):
     f, y, c, _ = case(seed)
     found = discriminability(f, y, c, f @ c.T)
@@ -183,10 +181,10 @@ def test_angles_are_what_a_loop_finds(seed):
     np.testing.assert_allclose(cosines(points), [[cosine(a, b) for b in points] for a in points])
 
 
-ATTACK = PGD(0.2, steps=4)
+ATTACK = PGD(0.2, steps=3)
 
 
-def few(digits, keep=lambda y: y == y, n=150, batch_size=64):
+def few(digits, keep=lambda y: y == y, n=100, batch_size=64):
     "A loader of test images whose labels are kept."
     kept = keep(digits.y_test)
     return Loader(digits.x_test[kept][:n], digits.y_test[kept][:n], batch_size)
@@ -194,8 +192,10 @@ def few(digits, keep=lambda y: y == y, n=150, batch_size=64):
 
 @pytest.fixture(params=[PrototypeNet, LinearNet])
 def any_net(request, digits):
+    "An untrained network of width 4, with prototypes or with a linear layer."
     torch.manual_seed(0)
-    return request.param("cifar_resnet8", 10, mean=digits.mean, std=digits.std)
+    backbone = timm.create_model("cifar_resnet8", width=4, in_chans=1, num_classes=0)
+    return request.param(backbone, 10, mean=digits.mean, std=digits.std)
 
 
 def test_geometry_leaves_no_trace(any_net, digits):
@@ -207,21 +207,18 @@ def test_geometry_leaves_no_trace(any_net, digits):
     look = lambda: dict(state={name: value.clone() for name, value in any_net.state_dict().items()},
                         modes=[m.training for m in any_net.modules()],
                         flags=[p.requires_grad for p in any_net.parameters()], chance=torch.get_rng_state(),
-                        numpy=np.random.get_state()[1].copy(),
+                        numpy=np.random.get_state()[1].copy(), python=random.getstate(),
+                        hooks=[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in any_net.modules()],
                         grads=[None if p.grad is None else p.grad.clone() for p in any_net.parameters()])
     before = look()
-    python = random.getstate()
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in any_net.modules()]
     found = geometry(any_net, few(digits), ATTACK)
     after = look()
-    for name in ("modes", "flags"):
+    for name in ("modes", "flags", "python", "hooks"):
         assert after[name] == before[name]
     assert all(torch.equal(value, before["state"][name]) for name, value in after["state"].items())
     assert all(a is b or torch.equal(a, b) for a, b in zip(after["grads"], before["grads"], strict=True))
     assert torch.equal(after["chance"], before["chance"])
     assert np.array_equal(after["numpy"], before["numpy"])
-    assert random.getstate() == python
-    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in any_net.modules()] == hooks
     torch.manual_seed(7)
     assert geometry(any_net, few(digits), ATTACK) == found  # and depends on no global state
     json.dumps(found)
@@ -231,21 +228,19 @@ def test_attacked_features_are_those_of_pgd(any_net, digits):
     any_net.train()
     loader = few(digits)
     clean, attacked = features_of(any_net, loader), features_of(any_net, loader, ATTACK)
-    any_net.eval()
-    moved = 0
-    for i, (x, y) in enumerate(loader):
-        rows, x_adv = slice(64 * i, 64 * i + len(x)), ATTACK.perturb(any_net, x, y, seeded("cpu", i))
-        moved += (x_adv - x).abs().mean() / 3
-        for images, (features, logits) in ((x, clean), (x_adv, attacked)):
-            with torch.no_grad():
-                torch.testing.assert_close(features[rows], any_net.features(images))
-                torch.testing.assert_close(logits[rows], any_net(images))
-    assert moved > 0.05 and len(clean[0]) == len(attacked[1]) == 150 and not attacked[0].requires_grad
+    any_net.eval().requires_grad_(False)
+    x, y = loader.take(torch.arange(100))
+    x_adv = ATTACK.perturb(any_net, x, y, Draws(ATTACK.seed, range(100)))
+    assert (x_adv - x).abs().mean() > 0.05
+    for images, (features, logits) in ((x, clean), (x_adv, attacked)):
+        with torch.no_grad():
+            # the attack works on a folded copy, whose rounding may turn a sign of a gradient
+            np.testing.assert_allclose(features, any_net.features(images), atol=0.02)
+            np.testing.assert_allclose(logits, any_net(images), atol=0.02)
+    assert len(clean[0]) == len(attacked[1]) == 100 and not attacked[0].requires_grad
     found, prototypes = geometry(any_net, loader, ATTACK), getattr(any_net.head, "prototypes", None)
     for state, (features, logits) in (("clean", clean), ("attacked", attacked)):
-        expected = discriminability(features, loader.y, prototypes, logits)
-        assert found[state].pop("per_class").keys() == expected.pop("per_class").keys()
-        assert found[state] == pytest.approx(expected)
+        assert found[state] == discriminability(features, loader.y, prototypes, logits)
     assert found["attacked"]["linear"] <= found["clean"]["linear"]
     assert found["attacked"]["within"] != found["clean"]["within"]
 
@@ -278,6 +273,23 @@ def test_labels_that_miss_a_class_work(any_net, digits, keep):
         np.testing.assert_allclose(np.abs(pictures[name]), np.abs((points - middle) @ plane.T), atol=5e-3)
 
 
-def test_geometry_does_not_depend_on_the_batch_size_of_clean_images(any_net, digits):
-    a, b = (geometry(any_net, few(digits, batch_size=size), ATTACK)["clean"] for size in (150, 37))
-    assert a.pop("per_class").keys() == b.pop("per_class").keys() and a == pytest.approx(b, rel=1e-4)
+def test_geometry_does_not_depend_on_the_batch_size(any_net, digits):
+    a, b = (geometry(any_net, few(digits, batch_size=size), ATTACK) for size in (100, 37))
+    for state, tolerance in (("clean", 1e-4), ("attacked", 1e-2)):  # another batch rounds differently, PGD takes signs
+        del a[state]["per_class"], b[state]["per_class"]
+        assert a[state] == pytest.approx(b[state], rel=tolerance)
+    assert (a["prototypes"], a["n"]) == (b["prototypes"], b["n"])
+
+
+def test_the_record_has_the_names_that_tables_and_pictures_read(any_net, digits):
+    found, anchored = geometry(any_net, few(digits), ATTACK), isinstance(any_net, PrototypeNet)
+    assert [*found] == ["clean", "attacked", "prototypes", "means", "n", "pictures"]
+    assert [*found["prototypes"]] == [*found["means"]] == ["mean", "smallest", "simplex_deviation"]
+    per_class = {*PER_CLASS, "linear"} | ({*OF_PROTOTYPES} if anchored else set())
+    for state in ("clean", "attacked"):
+        assert found[state]["per_class"].keys() == per_class
+        assert found[state].keys() == per_class | {"between", "means_apart", "fisher", "davies_bouldin", "per_class"}
+    pictures = found["pictures"]
+    assert [*pictures] == ["cosines", "labels", "anchored", "clean", "attacked", "prototypes", "distances"]
+    assert {state: [*sides] for state, sides in pictures["distances"].items()} == dict(clean=["own", "rival"],
+                                                                                     attacked=["own", "rival"])

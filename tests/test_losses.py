@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from advdpnp import losses
-from advdpnp.baselines import DPNP, MART, PGDAT, TRADES, DualBranchLinear, LinearNet, Standard
-from advdpnp.losses import AdvDPNPLoss
-from advdpnp.prototypes import PrototypeHead
-from advdpnp.training import AdvDPNP
+from advdpnp.methods import DPNP, MART, METHODS, PGDAT, TRADES, AdvDPNP, DualBranchLinear, Method, Standard, make_net
+from advdpnp.methods import split_name
+from advdpnp.prototypes import LinearNet, PrototypeHead
+from advdpnp.still import Still
 
 
 def log_softmax(z):
@@ -75,7 +75,8 @@ def test_terms_and_total(case):
     same(losses.negative_repulsion(head.prototypes), expected["repulsion"])
     same(losses.consistency(head(tf), head(tf_adv)), expected["consistency"])
 
-    total, terms = AdvDPNPLoss(alignment=0.7, repulsion=0.4, consistency=2.5)(head, tf, tf_adv, ty)
+    terms = losses.clean_terms(head, tf, ty) | losses.adversarial_terms(head, tf, tf_adv, ty)
+    total = losses.weighted_sum(terms, AdvDPNP(alignment=0.7, repulsion=0.4, consistency=2.5).weights)
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         same(terms[name], value)
@@ -135,6 +136,52 @@ def test_trades_ascends_its_own_divergence(digits, batch):
         gradient, = torch.autograd.grad(divergence, reference)
         reference = reference.detach() + 0.05 * gradient.sign()
         reference = torch.min(torch.max(reference, x - 0.2), x + 0.2).clamp(0, 1)
-    ours = TRADES(eps=0.2, steps=5).craft(model, x, y, torch.Generator().manual_seed(5))
+    ours = TRADES(eps=0.2, steps=5).craft(Still(model, x), x, y, noise)
     assert (ours - reference).abs().mean() < 1e-3  # a sign may flip where the gradient is all but zero
 
+
+def test_settings_for_comparison(batch, net):
+    "Each changes what it says, and nothing else."
+    x, y = batch
+    net, x_adv = net.eval(), (x + 0.05).clamp(0, 1)
+    loss, terms = AdvDPNP().loss(net, x, x_adv, y)
+    both, both_terms = AdvDPNP(clean_only_update=False).loss(net, x, x_adv, y)
+    assert both.item() == pytest.approx(loss.item(), rel=1e-6)  # the same value, another gradient
+    pull = lambda total: torch.autograd.grad(total, net.head.directions)[0]
+    assert not torch.allclose(pull(both), pull(loss), rtol=0.1)
+    shared, _ = AdvDPNP(shared_batch=True).loss(net, x, x_adv, y)
+    assert shared.item() == pytest.approx(loss.item(), rel=1e-5)  # in evaluation mode batches do not matter
+    half = AdvDPNP(clean_weight=0.5)
+    assert half.weights == AdvDPNP().weights | dict(ce=0.5, alignment=0.005)
+    smoothed = AdvDPNP(label_smoothing=0.1).loss(net, x, x_adv, y)[1]
+    assert smoothed["ce"] != terms["ce"] and smoothed["consistency"] == terms["consistency"]
+
+
+def test_defaults_are_those_for_photographs():
+    method = AdvDPNP()
+    assert (method.eps, method.steps, method.alignment, method.repulsion, method.consistency) == (8 / 255, 10, 0.01,
+                                                                                                 0.1, 3.0)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: AdvDPNP(alignment=float("nan")), "alignment is nan: expected a finite weight"),
+    (lambda: TRADES(beta=-1.0), "beta is -1.0: expected a finite weight"),
+    (lambda: AdvDPNP(steps=0), "steps is 0: expected at least 1"),
+    (lambda: PGDAT(eps=8), "eps is 8: expected 0 to 1"),
+    (lambda: Method(label_smoothing=-3), "label_smoothing is -3: expected 0 to 1"),
+    (lambda: AdvDPNP(repulsion_form="max"), "unknown form of repulsion 'max'"),
+    (lambda: AdvDPNP(consistency_form="kk"), "unknown form of consistency 'kk': did you mean 'kl'"),
+    (lambda: split_name("TRADES+EMA+AWP"), r"write it 'TRADES\+AWP\+EMA'"),
+    (lambda: split_name("TRADES+AMP"), "did you mean 'AWP'"),
+    (lambda: make_net("PGDAT", "cifar_resnet8", 10, (0.5,), (0.5,)), "did you mean 'PGD-AT'"),
+])
+def test_bad_methods(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_what_methods_need(digits):
+    for name, method in METHODS.items():
+        net = make_net(name, "cifar_resnet8", 10, digits.mean, digits.std)
+        assert hasattr(net.head, "prototypes") == method.prototypes
+        assert method.adversarial == ("eps" in method.__dataclass_fields__)

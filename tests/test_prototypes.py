@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from advdpnp.losses import AdvDPNPLoss, negative_repulsion
-from advdpnp.prototypes import PrototypeHead, PrototypeNet, auto_norm
+from advdpnp.losses import clean_terms, negative_repulsion, weighted_sum
+from advdpnp.prototypes import Classifier, PrototypeHead, PrototypeNet, auto_norm, make_backbone, regular_simplex
 
 OPTIMISERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.1),
@@ -47,8 +47,7 @@ def test_repulsion_alone_reaches_the_simplex():
     assert (cosines + 1 / 9).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("num_classes", [3, 10])
-@pytest.mark.parametrize("confidence", [0.9, 0.99])
+@pytest.mark.parametrize("num_classes, confidence", [(3, 0.9), (10, 0.99)])
 def test_closed_form_predicts_the_confidence_training_reaches(num_classes, confidence):
     "Well-separated blobs, a small network whose features can take any sign, the clean branch of the loss."
     torch.manual_seed(0)
@@ -56,12 +55,11 @@ def test_closed_form_predicts_the_confidence_training_reaches(num_classes, confi
     x = 4 * torch.randn(num_classes, 20)[y] + 0.1 * torch.randn(len(y), 20)
     backbone = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 16))
     head = PrototypeHead(16, num_classes, auto_norm(num_classes, confidence))
-    loss = AdvDPNPLoss(alignment=3.0, repulsion=3.0)
     optimiser = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=1e-2)
-    for step in range(800):
+    for step in range(400):
         for group in optimiser.param_groups:
-            group["lr"] = 1e-2 * (1 - step / 800)
-        total = loss.total(loss.clean_branch(head, backbone(x), y))
+            group["lr"] = 1e-2 * (1 - step / 400)
+        total = weighted_sum(clean_terms(head, backbone(x), y), dict(ce=1.0, alignment=3.0, repulsion=3.0))
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
@@ -101,3 +99,22 @@ def test_bad_heads(arguments, message):
 def test_bad_architecture_names_the_nearest():
     with pytest.raises(ValueError, match="unknown architecture 'resnet181'.*'resnet18'"):
         PrototypeNet("resnet181", 10)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: auto_norm(10, confidence=0.05), "expected more than chance, 1/10, and less than 1"),
+    (lambda: regular_simplex(10, 5), "10 classes need 9 dimensions to be equally far apart, not 5"),
+    (lambda: make_backbone(nn.Flatten()), "Flatten does not say how many features it returns"),
+    (lambda: Classifier(nn.Flatten(), nn.Identity(), (0.1, 0.2), (1.0,)), "mean has 2 and std 1 numbers"),
+    (lambda: PrototypeNet("cifar_resnet8", 10)(torch.rand(2, 1, 8, 8)), "expected 3 channels"),
+    (lambda: Classifier(nn.Identity(), nn.Linear(4, 2))(torch.rand(2, 1, 2, 2)), "Identity returns features"),
+])
+def test_bad_networks(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_prototype_norm_is_saved_with_the_weights():
+    head, other = PrototypeHead(2, 3, norm=2.0), PrototypeHead(2, 3, norm=7.0)
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(other(torch.eye(2)), head(torch.eye(2)))

@@ -1,23 +1,22 @@
-"What the checks say about whole evaluations. The zoo of false defences is in nbs/58_sanity.ipynb."
+"What the checks say about whole evaluations. The zoo of false defences is in nbs/64_sanity.ipynb."
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from advdpnp.attacks import FGSM, PGD
-from advdpnp.baselines import LinearNet, Standard
 from advdpnp.autoattack import AutoAttack
 from advdpnp.data import Loader
 from advdpnp.evaluation import evaluate
-from advdpnp.sanity import check_attacks, check_curve, check_square, check_steps, failed, reverse_test
-from advdpnp.training import AdvDPNP, Trainer
+from advdpnp.sanity import check_attacks, check_budget, check_square, check_steps, failed, robustness_curve
+from test_evaluation import fitted
 
 
 @pytest.fixture(scope="module")
-def undefended(digits):
-    torch.manual_seed(0)
-    net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
-    Trainer(net, Standard(), digits, epochs=6, batch_size=64, padding=0, device="cpu", quiet=True).fit()
-    return net.eval()
+def linear(digits):
+    return fitted(digits)
 
 
 class Around(nn.Module):
@@ -33,30 +32,39 @@ class Around(nn.Module):
     (lambda net, x: net(x) * 10_000, {"logit range", "gradients"}),
     (lambda net, x: net((x * 4).round() / 4), {"gradients", "budget"}),
     (lambda net, x: net((x + 0.3 * torch.randn_like(x)).clamp(0, 1)), {"deterministic"}),
+    (lambda net, x: net((x + 0.3 * torch.randn_like(x)).clamp(0, 1)) + 1e4, {"deterministic"}),
     (lambda net, x: net(x).softmax(1), {"logits"}),
     (lambda net, x: net(x) - net(x).mean(0), {"batch-independent"}),
     (lambda net, x: net(x.detach()), {"gradients", "budget"}),
-], ids=["times 10,000", "quantised", "random", "softmax", "batch", "cut off"])
-def test_a_false_defence_is_named(undefended, digits, change, named):
-    record = evaluate(Around(undefended, change).eval(), digits, [FGSM(0.2), PGD(0.2)], images=100,
-                      twin=undefended, quiet=True)
+], ids=["times 10,000", "quantised", "random", "random and far from zero", "softmax", "batch", "cut off"])
+def test_a_false_defence_is_named(linear, digits, change, named):
+    record = evaluate(Around(linear, change).eval(), digits, [FGSM(0.2), PGD(0.2)], images=100,
+                      twin=linear, quiet=True)
     assert named <= set(failed(record["checks"]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 10, 200])
-def test_checks_see_every_image_whatever_the_batch(undefended, digits, batch_size):
+def test_checks_see_every_image_whatever_the_batch(linear, digits, batch_size):
     attack = PGD(0.2, step_size=0.004)  # too small a step
-    record = evaluate(Around(undefended, lambda net, x: net(x) - net(x).mean(0)).eval(), digits, [attack], images=60,
-                      check_images=60, batch_size=batch_size, quiet=True)
-    assert {"batch-independent", "steps"} <= {*failed(record["checks"])} and record["path"]["n"] == 60
+    record = evaluate(Around(linear, lambda net, x: net(x) - net(x).mean(0)).eval(), digits, [attack], images=20,
+                      check_images=20, batch_size=batch_size, quiet=True)
+    assert {"batch-independent", "steps"} <= {*failed(record["checks"])} and record["path"]["n"] == 20
 
 
-def test_an_undefended_model_is_found_weak_and_honest(undefended, digits):
-    record = evaluate(undefended, digits, [FGSM(0.2), PGD(0.2)], images=100, twin=undefended, quiet=True)
+def test_an_undefended_model_is_found_weak_and_honest(linear, digits):
+    record = evaluate(linear, digits, [FGSM(0.2), PGD(0.2)], images=100, twin=linear, quiet=True)
     assert failed(record["checks"]) == [] and record["metrics"]["worst"]["accuracy"] < 10
-    record = evaluate(undefended, digits, [FGSM(0.2)], images=50, quiet=True)
+    record = evaluate(linear, digits, [FGSM(0.2)], images=50, quiet=True)
     given = {check["name"]: check["passed"] for check in record["checks"]}
     assert given["twin"] is None and given["transfer"] is None  # not run is not passed
+
+
+def test_budget_curve_starts_at_clean_and_ends_at_nothing(linear, digits):
+    few = Loader(digits.x_test[:100], digits.y_test[:100], 100)
+    curve = robustness_curve(linear, few, PGD(0.2), [0.05, 0.5])
+    clean = evaluate(linear, digits, images=100, quiet=True)["metrics"]["clean"]["accuracy"]
+    assert curve["eps"] == [0, 0.05, 0.5] and curve["accuracy"][0] == clean > 60 and curve["n"] == 100
+    assert curve["accuracy"][0] > curve["accuracy"][1] > curve["accuracy"][2] and curve["accuracy"][2] < 5
 
 
 @pytest.mark.parametrize("outcomes, name, fails", [
@@ -66,25 +74,40 @@ def test_an_undefended_model_is_found_weak_and_honest(undefended, digits):
     (check_attacks(dict(clean=99, noise=98, fgsm=60, pgd20=70, cw=60, worst=60), 500), "iterations", True),
     (check_attacks(dict(clean=99, noise=98, fgsm=90, pgd20=88, cw=60, worst=60), 500), "loss", True),
     (check_attacks(dict(clean=99, noise=98, fgsm=90, pgd20=60, cw=60, worst=60, transfer=50), 500), "transfer", True),
-    (check_steps(dict(steps=list(range(5)), standing=[99, 90, 80, 79.6, 79.4], n=1000)), "steps", True),
-    (check_steps(dict(steps=list(range(5)), standing=[99, 90, 80, 79.6, 79.6], n=1000)), "steps", False),
-    (check_curve(dict(eps=[0, 0.1, 0.5], accuracy=[99, 60, 20], n=1000), 12), "budget", True),
-    (check_curve(dict(eps=[0, 0.1, 0.2, 0.5], accuracy=[99, 60, 65, 0], n=1000), 12), "budget", True),
-    (check_curve(dict(eps=[0, 0.1, 0.5], accuracy=[99, 60, 0], n=1000), 12), "budget", False),
-    (check_square({"apgd-t": 50.0, "fab-t": 49.9, "square": 49.0}, 1000), "square", True),
-    (check_square({"apgd-t": 50.0, "fab-t": 49.9, "square": 49.8}, 1000), "square", False),
+    ([check_steps(dict(steps=list(range(5)), standing=[99, 90, 80, 79.6, 79.4], n=1000))], "steps", True),
+    ([check_steps(dict(steps=list(range(5)), standing=[99, 90, 80, 79.6, 79.6], n=1000))], "steps", False),
+    ([check_budget(dict(eps=[0, 0.1, 0.5], accuracy=[99, 60, 20], n=1000), 12)], "budget", True),
+    ([check_budget(dict(eps=[0, 0.1, 0.2, 0.5], accuracy=[99, 60, 65, 0], n=1000), 12)], "budget", True),
+    ([check_budget(dict(eps=[0, 0.1, 0.5], accuracy=[99, 60, 0], n=1000), 12)], "budget", False),
+    ([check_square({"apgd-t": 50.0, "fab-t": 49.9, "square": 49.0}, 1000)], "square", True),
+    ([check_square({"apgd-t": 50.0, "fab-t": 49.9, "square": 49.8}, 1000)], "square", False),
 ])
 def test_where_the_line_is(outcomes, name, fails):
     passed, = [check["passed"] for check in outcomes if check["name"] == name]
     assert passed is (not fails)
 
 
-def test_attacks_find_what_was_planted(net, digits):
+def test_without_pgd_or_cw_some_checks_are_not_run():
+    outcomes = check_attacks(dict(clean=99, noise=98, fgsm=60, worst=60), 500)
+    assert [check["name"] for check in outcomes if check["passed"] is None] == ["iterations", "loss", "transfer"]
+
+
+def defined_on_the_page(*names):
+    "What cells of nbs/64_sanity.ipynb define, with the page's imports."
+    cells = json.loads((Path(__file__).parent.parent / "nbs/64_sanity.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    known = {"torch": torch, "nn": nn}
+    for source in sources:
+        if source.startswith(("#| export\nimport", *(f"{kind} {name}" for name in names for kind in ("def", "class")))):
+            exec(source.split("\n\ntests = ")[0], known)
+    return [known[name] for name in names]
+
+
+def test_attacks_find_what_was_planted(defended, digits):
     "After Zimmermann et al., on a prototype network: a readout with a known adversarial example for every image."
-    Trainer(net, AdvDPNP(eps=0.2, steps=2), digits, epochs=3, batch_size=64, padding=0, device="cpu", quiet=True).fit()
-    # so many that one more or less does not decide
-    x, _ = Loader(digits.x_test, digits.y_test, 200).take(torch.arange(200))
-    counts = reverse_test(net.eval(), x, AutoAttack(0.2, steps=50, queries=100))
-    assert counts["tests"] >= 160
+    x, _ = Loader(digits.x_test, digits.y_test, 1).take(torch.arange(60))
+    _, reverse_test = defined_on_the_page("Planted", "reverse_test")
+    counts = reverse_test(defended, x, AutoAttack(0.2, steps=20, queries=50))
+    assert counts["tests"] >= 48
     assert counts["found"] >= 0.99 * counts["tests"]
     assert counts["noise"] < 0.5 * counts["tests"]

@@ -1,0 +1,105 @@
+"The page of results: what it says is what the records say."
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from advdpnp.tables import accuracies, corruption_rows, geometry_rows
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def page():
+    "The variables at the end, each table that is shown today with what is stored, and the prose on one line."
+    names, tables, prose = {}, [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT / "nbs")
+        for cell in json.loads(Path("results.ipynb").read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                prose.append(source)
+                continue
+            assert len(source.splitlines()) <= 15
+            *lines, last = ast.parse(source).body
+            shows = isinstance(last, ast.Expr)
+            exec(compile(ast.Module(lines if shows else [*lines, last], []), "results", "exec"), names)
+            if shows:
+                stored = "".join(cell["outputs"][0]["data"]["text/markdown"])
+                tables.append((eval(compile(ast.Expression(last.value), "results", "eval"), names).data, stored))
+        yield names, tables, " ".join("\n".join(prose).split())
+
+
+def test_tables_are_those_of_the_records(page):
+    names, tables, prose = page
+    assert len(tables) > 10
+    for today, stored in tables:
+        assert today == stored
+
+
+def test_findings_are_those_of_the_records(page):
+    names, tables, prose = page
+    records, over_runs, over_images = (names[name] for name in ("records", "over_runs", "over_images"))
+
+    def apart(rows, column, method):
+        return over_runs(*(rows.loc[rows["method"] == name, column] for name in ("Adv-DPNP", method)))
+
+    better, worse, undecided = (lambda d: d[1] > 0), (lambda d: d[2] < 0), (lambda d: d[1] <= 0 <= d[2])
+    first = accuracies(records("table1.small"))
+    mart, trades = (apart(first, "clean", method) for method in ("MART", "TRADES"))
+    assert better(mart) and undecided(trades) and abs(trades[0]) < 0.1
+    assert f"**Than MART's, by {mart[0]:.1f} points; than TRADES', no.**" in prose
+    assert all(undecided(apart(first, "clean", method)) for method in ("PGD-AT", "dual-branch linear"))
+    last = accuracies(records("table1.small"), "last")
+    assert better(apart(last, "clean", "PGD-AT")) and worse(apart(last, "clean", "dual-branch linear"))
+    attacked = apart(first, "autoattack", "TRADES")
+    pair = ([r["best"]["metrics"]["autoattack"]["accuracy"] for r in records("table1.small") if r["method"] == method]
+            for method in ("Adv-DPNP", "TRADES"))
+    assert undecided((0, *ttest_rel(*pair).confidence_interval()))  # networks of the same seed
+    assert better(apart(first, "pgd20", "dual-branch linear"))
+    assert undecided(apart(first, "autoattack", "dual-branch linear"))
+    assert worse(attacked) and f"is {-attacked[0]:.1f} points better under AutoAttack.**" in prose
+
+    corrupted = corruption_rows(records("table4.small"))
+    ahead = apart(corrupted, "mean", "standard")
+    assert worse(ahead) and f"undefended networks are {-ahead[0]:.0f} points better" in prose
+    assert all(better(apart(corrupted, "mean", method)) for method in ("PGD-AT", "MART"))
+    assert all(undecided(apart(corrupted, "mean", method)) for method in ("TRADES", "dual-branch linear"))
+
+    features = geometry_rows(records("table5.small"))
+    assert better(apart(features, "clean_fisher", "dual-branch linear"))
+    assert undecided(apart(features, "clean_fisher", "PGD-AT"))
+    assert worse(apart(features, "clean_silhouette", "dual-branch linear"))
+    trained = ("PGD-AT", "TRADES", "MART", "dual-branch linear")
+    assert not any(better(apart(features, "means_smallest", method)) for method in trained)
+
+    rows = {r["method"]: r["best"]["metrics"] for r in records("table6.small")}
+    change = lambda row, metric: over_images(rows[row][metric], rows["Adv-DPNP"][metric])
+    clean, robust = (change("no consistency", metric) for metric in ("clean", "autoattack"))
+    assert better(clean) and worse(robust)
+    assert f"{clean[0]:.1f} points better on clean images and {-robust[0]:.1f} points worse under AutoAttack" in prose
+    assert all(undecided(change(row, metric)) for metric in rows["Adv-DPNP"]
+               for row in ("both branches move prototypes", "batch statistics shared"))
+
+    more_classes, numbers = ({r["method"]: r["best"]["metrics"] for r in records(name)}
+                             for name in ("table2.small", "table3.small.svhn10k"))
+    behind = over_images(*(more_classes[method]["pgd20"] for method in ("Adv-DPNP", "dual-branch linear")))
+    assert worse(behind) and f"Under PGD-20 it is {-behind[0]:.1f} points behind dual-branch linear." in prose
+    behind = over_images(*(numbers[method]["autoattack"] for method in ("Adv-DPNP", "TRADES")))
+    assert worse(behind) and f"**No: TRADES is {-behind[0]:.1f} points better under AutoAttack,**" in prose
+
+
+def test_what_is_said_of_records_holds(page):
+    names, tables, prose = page
+    first, corrupted = (names["records"](f"table{number}.small") for number in (1, 4))
+    both = {r["best"]["sha256"] for r in first} & {r["sha256"] for r in corrupted}
+    assert f"Tables 4 and 5 have {len(both)} of table 1's {len(first)} networks" in prose
+    minutes = [r["training_seconds"] / 60 for r in first if names["method_of"](r["method"]).adversarial]
+    assert f"takes {min(minutes):.0f} to {max(minutes):.0f} minutes on one core" in prose
+    cascades = [row for row in names["verdicts"]["agreement"] if row["attack"] == "cascade"]
+    assert len(cascades) == 4 and max(abs(row["ours"] - row["official"]) for row in cascades) < 0.5
+    below = np.array(names["found"]["high"]) < 0
+    assert below.sum() == 4 and not any(names["found"]["low"] > 0) and "four of six are below it" in prose
