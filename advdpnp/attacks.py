@@ -8,9 +8,9 @@ __all__ = ['ThreatModel', 'per_image', 'gradient_of', 'Ascent', 'on_logits', 'as
            'PrototypePGD', 'as_given', 'all_logits', 'correct', 'check_inside', 'broken_by', 'attack_bar', 'counted',
            'robust_to']
 
-# %% ../nbs/30_attacks.ipynb #8ee8993d
+# %% ../nbs/30_attacks.ipynb #35588097
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -423,10 +423,10 @@ class PrototypePGD(PGD):
             raise ValueError(f"{type(model).__name__} has no prototypes to attack: expected a PrototypeNet")
         return super().__call__(model, x, y)
 
-# %% ../nbs/30_attacks.ipynb #68a68937
-def as_given(model, *x):
+# %% ../nbs/30_attacks.ipynb #73bd51bf
+def as_given(model):
     "A copy of a model, or of what a `Still` was made from, with nothing folded."
-    return held_still(model.model if isinstance(model, Still) else model, *x)
+    return nullcontext(model.unfolded()) if isinstance(model, Still) else held_still(model)
 
 
 def all_logits(
@@ -461,7 +461,7 @@ def check_inside(
         went = f"{far:.4g} away from the image to values from {x_adv.min():.4g} to {x_adv.max():.4g}"
         raise RuntimeError(f"{attack.name} went {went}: allowed are {attack.eps:.4g} and [0, 1]")
 
-# %% ../nbs/30_attacks.ipynb #9c855a28
+# %% ../nbs/30_attacks.ipynb #bc60125b
 def broken_by(
     still: Still,  # what the attack works on
     judge: nn.Module,  # the model as it was given
@@ -471,7 +471,7 @@ def broken_by(
     draws: Draws,
 ) -> torch.Tensor:  # (B,) bool, on the CPU
     "Which images an attack breaks."
-    seed = seed_of(draws.seed, int(draws.index[0]))
+    seed = seed_of(draws.seed, int(draws.index[0]), 5)
     with own_randomness(x.device, seed):
         x_adv = attack.search(still, x, y, draws) if hasattr(attack, "search") else attack(still, x, y)
     check_inside(x_adv, x, attack)
@@ -501,7 +501,7 @@ def counted(still, bar):
     finally:
         hook.remove()
 
-# %% ../nbs/30_attacks.ipynb #b76b9532
+# %% ../nbs/30_attacks.ipynb #a1dcd360
 def robust_to(
     model: nn.Module,  # images in [0, 1] to logits, or a `Still`
     loader,  # a `Loader`; its batch size is the attack's
@@ -519,7 +519,7 @@ def robust_to(
     if done == len(batches):
         return verdicts
     some, bar = loader.take(batches[done][:8])[0], attack_bar(attack, loader, candidates, done, quiet, title)
-    with full_precision(), held_still(model, some) as still, as_given(model) as judge, counted(still, bar):
+    with full_precision(), held_still(model, some) as still, as_given(still) as judge, counted(still, bar):
         for i, index in list(enumerate(batches))[done:]:
             x, y = loader.take(index)
             verdicts[index] = ~broken_by(still, judge, attack, x, y, Draws(seed, index, x.device))

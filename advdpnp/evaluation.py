@@ -39,7 +39,7 @@ def wilson(
     interval = binomtest(correct, n).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
-# %% ../nbs/60_evaluation.ipynb #2c159414
+# %% ../nbs/60_evaluation.ipynb #f1e58433
 def standard_attacks(
     eps: float,  # radius of the ball, on the scale of images in [0, 1]
     norm: str = "linf",  # or "l2"
@@ -47,7 +47,7 @@ def standard_attacks(
     step_size: float | None = None,  # of PGD, C&W and the attack on prototypes; None: eps / 4
 ) -> list:
     "The attacks of the tables."
-    from advdpnp.autoattack import AutoAttack  # a later chapter
+    from advdpnp.autoattack import AutoAttack  # of a later page
 
     attacks = [FGSM(eps, norm=norm), PGD(eps, step_size, norm=norm), CW(eps, step_size, norm=norm)]
     return attacks + [PrototypePGD(eps, step_size, norm=norm)] * prototypes + [AutoAttack(eps, norm)]
@@ -339,7 +339,7 @@ def trusted(
     strongest = max(plain or attacks, key=lambda attack: attack.eps)
     return strongest if plain else PGD(strongest.eps, norm=getattr(strongest, "norm", "linf"))
 
-# %% ../nbs/60_evaluation.ipynb #8688d596
+# %% ../nbs/60_evaluation.ipynb #27699107
 def checked(
     model: nn.Module,  # as it was given
     plan: Plan,
@@ -348,13 +348,13 @@ def checked(
     twin: nn.Module | None = None,  # the same architecture, undefended
 ) -> dict:  # checks, curve and path
     "The sanity checks, on images that every attack has seen."
-    from advdpnp.sanity import sanity  # a later chapter
+    from advdpnp.sanity import sanity  # of a later page
 
     seen = {name: v[:plan.check_images] for name, v in verdicts.items()}
-    stages = next((stages for stages in after.values() if "square" in stages), {})
+    stages = next((stages for stages in after.values() if "square" in stages and len(stages) > 1), {})
     return sanity(model, plan.loader(plan.check_images), seen, trusted(plan.attacks), stages, twin)
 
-# %% ../nbs/60_evaluation.ipynb #0b33af7d
+# %% ../nbs/60_evaluation.ipynb #9c0249a1
 def evaluate(
     model: nn.Module,  # images in [0, 1] to logits, on any device
     dataset,  # a `Dataset`, whose test images are used, or a pair (images, labels), see `as_dataset`
@@ -369,7 +369,7 @@ def evaluate(
     deadline: float | None = None,  # a `time.time()`; after it a TimeoutError, with everything found kept in `resume`
     quiet: bool = False,  # no progress bars
     title: str = "",  # before the attacks' names on the bars
-) -> dict:  # dataset, data_sha256, n, device, batch_size, seed; metrics; logits; checks, curve, path; verdicts; seconds
+) -> dict:  # dataset, data_sha256, n, device, copied, batch_size, seed, seconds; metrics, verdicts, logits; checks, ...
     "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it."
     began, data = time.monotonic(), as_dataset(dataset, model)
     plan = make_plan(data, attacks, images, limits, check_images, batch_size, seed, device_of(model))
@@ -381,7 +381,7 @@ def evaluate(
         kept = Resume(resume, plan.key(logits), deadline, began)
         after, verdicts = attacked(still, plan, logits.argmax(1) == labels, kept, quiet, title)
     record = dict(dataset=data.name, data_sha256=data.sha256, n=plan.images, device=str(plan.device),
-                  batch_size=batch_size, seed=seed, metrics=metrics_of(plan, after, verdicts),
+                  copied=still.copied, batch_size=batch_size, seed=seed, metrics=metrics_of(plan, after, verdicts),
                   logits=logit_range(logits, labels))
     if deadline is not None and time.time() > deadline:
         raise TimeoutError("time is up before the sanity checks")

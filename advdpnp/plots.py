@@ -9,9 +9,7 @@ __all__ = ['PICTURES', 'KNOBS', 'CLEAN', 'ADVERSARIAL', 'CONSISTENT', 'GREY', 't
            'draw_front', 'draw_rows', 'draw_box', 'draw_arrow', 'draw_branch', 'draw_branches', 'draw_plane',
            'draw_method']
 
-# %% ../nbs/74_plots.ipynb #7657d1ff
-from pathlib import Path
-
+# %% ../nbs/74_plots.ipynb #56a3bf59
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -163,7 +161,7 @@ def attacked_images(
     x_adv = PGD(config["eps"], config["eval_step_size"])(model, x, y)
     return x_adv, model(x_adv).argmax(1)
 
-# %% ../nbs/74_plots.ipynb #972310de
+# %% ../nbs/74_plots.ipynb #ae71f0a8
 @picture("What the methods call the same images",
          "The first test images, each attacked by PGD-20 once for every method. Above an image is what the method "
          "of that line calls it: black if it is right, red if not.")
@@ -181,7 +179,7 @@ def draw_images(
     figure, axes = plt.subplots(len(seen), len(x), figsize=(0.9 * len(x), 1.15 * len(seen)), squeeze=False)
     for row, (method, (shown, classes)) in zip(axes, seen.items()):
         for ax, image, found, true in zip(row, shown.cpu(), classes, y):
-            ax.imshow(image.permute(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
+            ax.imshow(image.permute(1, 2, 0).numpy(), cmap="gray_r", vmin=0, vmax=1)
             ax.set_title(images.class_names[found], fontsize=9, pad=2, color="black" if found == true else "crimson")
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(method, rotation=0, ha="right", va="center")

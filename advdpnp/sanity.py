@@ -45,13 +45,14 @@ def slack(
     "By how much two accuracies over `n` images may differ."
     return max(0.5, 100 / n) + 1e-9
 
-# %% ../nbs/64_sanity.ipynb #8fa50848
+# %% ../nbs/64_sanity.ipynb #03f1e540
 def check_mode(
     model: nn.Module,  # as it was given
 ) -> dict:  # outcome
     "Whether the model is in evaluation mode."
-    mode = "training" if model.training else "evaluation"
-    return outcome("evaluation mode", not model.training, f"given in {mode} mode", "evaluation mode")
+    training = getattr(model, "training", False)  # a frozen TorchScript module has no mode to change
+    found = f"given in {'training' if training else 'evaluation'} mode"
+    return outcome("evaluation mode", not training, found, "evaluation mode")
 
 # %% ../nbs/64_sanity.ipynb #5881cde5
 @torch.no_grad()
@@ -209,14 +210,14 @@ def check_transfer(
     found = f"worst case {worst:.1f}%, images made for the undefended network {transfer:.1f}%"
     return outcome("transfer", worst <= transfer + slack(n), found, "the worst case is lower")
 
-# %% ../nbs/64_sanity.ipynb #e1aaffcd
+# %% ../nbs/64_sanity.ipynb #ac0b547b
 def climb(
     still: nn.Module,  # a `Still`
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]
     y: torch.Tensor,  # (B,)
     attack: PGD,
     batch_size: int = 500,
-) -> dict:  # steps, mean loss and share of survivors (per cent) after each, as lists; every image is followed to the end
+) -> dict:  # lists: steps, mean loss and survivors (per cent) after each; every image is followed to the end
     "How the loss climbs and images are broken, step by step."
     threat, draws, n = ThreatModel(attack.eps, attack.norm), Draws(attack.seed, torch.arange(len(x)), x.device), len(x)
     loss, robust = torch.zeros(attack.steps + 1), torch.zeros(attack.steps + 1)
@@ -347,7 +348,7 @@ def check_attacks(
     return [check_noise(accuracy, n), check_one_step(accuracy), check_iterations(accuracy, n), check_loss(accuracy),
             check_transfer(accuracy, n)]
 
-# %% ../nbs/64_sanity.ipynb #0e5b24d2
+# %% ../nbs/64_sanity.ipynb #2d2d4213
 def sanity(
     model: nn.Module,  # images in [0, 1] to logits, in the mode in which it was given
     loader: Loader,  # some test images
@@ -362,8 +363,9 @@ def sanity(
     size = max(loader.batch_size, 2)  # an image alone shows nothing of how batches matter
     grey, threat = grey_budget(attack.norm, x[0].numel()), ThreatModel(attack.eps, attack.norm)
     budgets = sorted({min(attack.eps * factor, grey) for factor in (0.25, 0.5, 1, 1.5, 2)} | {grey})
-    with full_precision(), held_still(model, x) as still:
-        checks = [check_mode(model), *check_model(still, x, y, verdicts["clean"].to(x.device), threat, size)]
+    checks = [check_mode(model)]  # before it is held still
+    with full_precision(), own_randomness(x.device, 0), held_still(model, x) as still:
+        checks += check_model(still, x, y, verdicts["clean"].to(x.device), threat, size)
         checks += check_attacks(accuracies(still, loader, verdicts, attack, twin), n)
         path = climb(still, x, y, replace(attack, steps=2 * attack.steps), size)
         curve = robustness_curve(still, loader, attack, budgets)

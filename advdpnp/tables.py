@@ -302,7 +302,7 @@ def numbers(
         lines.append([row["method"], *cells])
     return markdown([*zip(*lines)] if upright else lines)
 
-# %% ../nbs/72_tables.ipynb #b4abc896
+# %% ../nbs/72_tables.ipynb #153ecf7a
 def corruption_text(records: list[dict]) -> str:
     "Accuracy under corruptions, by group and one by one, in Markdown; all records must be of the same images."
     sources = sorted({f"{r['source']}, {r.get('recipe')}, n = {r['n']}" for r in records})
@@ -312,7 +312,8 @@ def corruption_text(records: list[dict]) -> str:
     table, first = over_seeds(corruption_rows(records)), records[0]
     intervals = dict(mean=[interval(runs[0]) for runs in grouped(records).values()])
     groups = {group: group for group in GROUPS if group in table}
-    made = "the published files of CIFAR-10-C" if first["source"] == "published" else "corrupted here, not the published ones"
+    theirs = first["source"] == "published"
+    made = "the published files of CIFAR-10-C" if theirs else "corrupted here, not the published ones"
     return "\n\n".join([
         numbers(table, dict(mean="all", **groups), spreads=intervals),
         "One by one, the mean over five severities:",
@@ -350,14 +351,14 @@ def hull(points: np.ndarray) -> np.ndarray:  # (P, 2): clean and worst-case accu
     heights = points[kept, 1]
     return np.array(kept)[np.flatnonzero(heights == heights.max())[-1] :]
 
-# %% ../nbs/72_tables.ipynb #31d81d04
+# %% ../nbs/72_tables.ipynb #43890e5e
 def height_gap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:  # two fronts, (V, 2) each
     "How far one front is above another, and the least and the largest clean accuracy that both reach."
     fronts = [front[np.argsort(front[:, 0])] for front in (ours, theirs)]
     top = min(front[-1, 0] for front in fronts)
     levels = np.linspace(min(top, max(front[0, 0] for front in fronts)), top, 21)
     high, low = (np.interp(levels, *front.T).mean() for front in fronts)
-    return high - low, levels[0], top
+    return float(high - low), float(levels[0]), float(top)
 
 # %% ../nbs/72_tables.ipynb #25cc2dbe
 def accuracies_on(

@@ -18,6 +18,13 @@ from advdpnp.data import to_float
 # settings for `make_config`, with which a run takes a second or two
 TINY = dict(epochs=1, train_images=200, val_size=50, steps=1, test_images=20, autoattack_images=1, check_images=5)
 
+LONGEST = ("test_table1", "test_autoattack", "test_project", "test_cli")
+
+
+def pytest_collection_modifyitems(items):
+    "The files that take longest come first, so that of two workers none is left with one of them at the end."
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def digits():
@@ -35,16 +42,6 @@ def net(digits):
     "An untrained network for digits."
     torch.manual_seed(0)
     return advdpnp.PrototypeNet("cifar_resnet8", digits.num_classes, mean=digits.mean, std=digits.std)
-
-
-@pytest.fixture
-def tiny_net(digits):
-    "An untrained network of width 4, with batch-norms, for what does not depend on the size."
-    from advdpnp.backbones import cifar_resnet8
-
-    torch.manual_seed(0)
-    backbone = cifar_resnet8(width=4, in_chans=1, num_classes=0)
-    return advdpnp.PrototypeNet(backbone, digits.num_classes, mean=digits.mean, std=digits.std)
 
 
 def trained(digits, method, net):

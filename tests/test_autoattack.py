@@ -151,8 +151,7 @@ def test_projection_against_the_official_one(norm, reference):
 
 
 SHORT = [attack for norm, eps in (("linf", EPS), ("l2", 1.0)) for attack in (
-    APGD(eps, norm, steps=10), APGDT(eps, norm, steps=5), FABT(eps, norm, steps=5), Square(eps, norm, queries=60),
-    AutoAttack(eps, norm, steps=3, queries=20))]
+    APGD(eps, norm, steps=10), APGDT(eps, norm, steps=5), FABT(eps, norm, steps=5), Square(eps, norm, queries=60))]
 
 
 @pytest.mark.parametrize("attack", SHORT, ids=lambda attack: f"{attack.name}-{attack.norm}")

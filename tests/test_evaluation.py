@@ -177,9 +177,9 @@ def test_a_model_that_cannot_be_copied_is_left_as_it_was(digits):
             raise TypeError("there is one of me")
 
     net = Alone(*fitted(digits)).train()
-    ours, theirs = (evaluate(model, digits, [FGSM(0.1)], images=50, quiet=True)["verdicts"]
-                    for model in (fitted(digits), net))
-    assert ours == theirs and net.training and all(p.requires_grad for p in net.parameters())
+    ours, theirs = (evaluate(model, digits, [FGSM(0.1)], images=50, quiet=True) for model in (fitted(digits), net))
+    assert ours["copied"] and not theirs["copied"]
+    assert ours["verdicts"] == theirs["verdicts"] and net.training and all(p.requires_grad for p in net.parameters())
 
 
 def test_everything_runs_in_true_float32(digits):

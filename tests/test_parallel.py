@@ -74,7 +74,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     processes = start_two(everything, folder)
     for process in processes:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, 0]
     return torch.load(folder / "told.pt")
 
@@ -104,32 +104,31 @@ def test_two_processes_that_were_interrupted_end_as_one_that_was_not(two):
     assert_same_weights(trainer.weights("best"), best)
 
 
-def train_slowly(folder):
-    "Saves after every batch, and never ends."
-    make_trainer(folder=folder, epochs=1000, save_every=0.0).fit()
+def endless(folder=None):
+    "Trains at a constant rate."
+    return make_trainer(folder=folder, epochs=1000, schedule="drops", save_every=0.0 if folder else 60.0)
+
+
+def train_endlessly(folder):
+    endless(folder).fit()
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_and_one_alone_goes_on(killed, tmp_path):
-    processes = start_two(train_slowly, tmp_path)
-    until = time.monotonic() + 60
+    processes = start_two(train_endlessly, tmp_path)
+    until = time.monotonic() + 300
     while not (tmp_path / "state.pt").exists():
         assert all(process.is_alive() for process in processes) and time.monotonic() < until
         time.sleep(0.02)
     processes[killed].kill()
     for process in processes:
-        process.join(60)
+        process.join(300)
     assert processes[killed].exitcode == -9 and processes[1 - killed].exitcode == 1  # it does not wait for ever
-    through, alone = make_trainer(epochs=1000), make_trainer(folder=tmp_path, epochs=1000)
-    reached = alone.epoch, alone.batch
-    assert reached > (0, 0)
-    through._late = alone._late = lambda deadline: False
-    for trainer in (through, alone):
-        place = (alone if trainer is through else trainer).loader
-        assert len(place) == len(trainer.loader)
-    end = divmod(reached[0] * len(alone.loader) + reached[1] + 2, len(alone.loader))
-    for trainer in (through, alone):
-        trainer._late = lambda deadline, trainer=trainer: (trainer.epoch, trainer.batch) >= end
+    alone, through = endless(tmp_path), endless()
+    end = divmod(alone.epoch * len(alone.loader) + alone.batch + 2, len(alone.loader))
+    assert end > (0, 2)
+    for trainer in (alone, through):
+        trainer._late = lambda deadline, trainer=trainer: (trainer.epoch, trainer.batch) == end
         assert not trainer.fit()
     assert_same_weights(through.weights("last"), alone.weights("last"))
 

@@ -270,3 +270,113 @@ def test_full_precision_puts_back_settings_of_both_generations():
         assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16  # what one asks for inside still holds
     with torch.autocast("cpu", dtype=torch.bfloat16), full_precision():
         assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.float32
+
+
+class Hooked(nn.Module):
+    "Features through a hook, as in many tutorials: after a deep copy the hook still writes into the original."
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.kept = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), nn.Linear(4, 4), {}
+        self.body[1].register_forward_hook(lambda module, inputs, output: self.kept.update(features=output))
+
+    def forward(self, x):
+        self.body(x)
+        return self.head(self.kept["features"].mean((2, 3)))
+
+
+class Itself(LeNet):
+    "A copy of it is itself."
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def patched():
+    net = LeNet()
+    old = net.forward
+    net.forward = lambda x: 2 * old(x)
+    return net
+
+
+@pytest.mark.parametrize("make", [Hooked, Itself, patched])
+def test_models_whose_copy_would_use_the_original_are_attacked_in_place(make):
+    torch.manual_seed(0)
+    net = make().train()
+    with torch.no_grad():
+        y = net(X).argmax(1)
+    with held_still(net, X) as still:
+        assert not still.copied
+    x_adv = PGD(1.0, steps=30, step_size=0.1)(net, X, y)
+    assert F.cross_entropy(net(x_adv), y) > F.cross_entropy(net(X), y) + 0.01
+    assert net.training and all(p.requires_grad for p in net.parameters())
+
+
+class WideBlock(nn.Module):
+    "A pre-activation block of a WideResNet, as in RobustBench's models."
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        short = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + short
+
+
+def test_pairs_do_not_depend_on_where_tensors_lie():
+    "Many tensors of one size come and go in a pass; a freed one's place is taken by another."
+    torch.manual_seed(0)
+    net = flat(nn.Conv2d(1, 8, 3), WideBlock(8, 8), WideBlock(8, 16), WideBlock(16, 16), nn.BatchNorm2d(16), nn.ReLU())
+    train(net, 2)
+    expected = [(f"{i}.conv1", f"{i}.bn2") for i in (1, 2, 3)]
+    for _ in range(10):
+        still = Still(net, X)
+        assert still.pairs == expected
+    assert_same(still, net)
+
+
+class TwoNames(nn.Module):
+    "Its first layers go by two names."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4)
+        self.stem = nn.Sequential(self.conv, self.norm, nn.ReLU())
+
+    def forward(self, x):
+        return self.head(self.stem(x).mean((2, 3)))
+
+
+def test_modules_with_two_names_are_not_folded():
+    net = TwoNames()
+    still = Still(net, X)
+    assert still.pairs == []
+    train(net)
+    still.refresh()
+    assert_same(still, net)
+
+
+def test_images_reach_a_network_of_mixed_types_as_they_are():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.full((1, 1, 1), 0.5))
+            self.last = nn.Linear(144, 4).bfloat16()
+
+        def forward(self, x):
+            self.seen = x
+            return self.last(((x - self.mean) * 4).bfloat16().flatten(1))
+
+    still = Still(Mixed())
+    still(X)
+    assert torch.equal(still.seen, X)
+
+
+def test_scripted_models_are_attacked():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).eval())
+    x_adv = PGD(0.1, steps=2)(scripted, X, Y)
+    assert 0 < (x_adv - X).abs().max() <= 0.1 + 1e-6

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pages import ROOT
 
+from advdpnp.runs import PRESETS
 from advdpnp.tables import make_table, plan_table
 
 METHODS = "standard, Adv-DPNP"
@@ -120,12 +121,13 @@ def test_an_ablation_changes_one_thing_and_shares_the_rest(undisturbed):
     assert {key for key in whole if whole[key] != without[key]} == {"consistency", "changes"}
 
 
-def test_large_images_stop_in_time_and_say_what_is_left(tmp_path):
-    "An archive like CIFAR-10, cifar_resnet18, preset fast, and a clock."
+def test_large_images_stop_in_time_and_say_what_is_left(tmp_path, monkeypatch):
+    "An archive like CIFAR-10, cifar_resnet18, preset fast with small batches, and a clock."
+    monkeypatch.setitem(PRESETS, "fast", PRESETS["fast"] | dict(batch_size=8, val_size=100))
     rng = np.random.default_rng(0)
     images = lambda n: rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-    np.savez(tmp_path / "cifar10.npz", x_train=images(1300), y_train=np.arange(1300) % 10, x_test=images(20),
+    np.savez(tmp_path / "cifar10.npz", x_train=images(1000), y_train=np.arange(1000) % 10, x_test=images(20),
              y_test=np.arange(20) % 10)
-    table = make_table(1, "fast", "cifar10", "standard", time_limit=0.1, device="cpu", data_dir=tmp_path, quiet=True)
+    table = make_table(1, "fast", "cifar10", "standard", time_limit=2, device="cpu", data_dir=tmp_path, quiet=True)
     assert table.records == [] and table.left[0].startswith("standard, seed 0: interrupted")
     assert list((tmp_path / "runs/cifar10/standard-cifar_resnet18-fast-s0").glob("state.pt"))

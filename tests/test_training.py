@@ -1,245 +1,209 @@
+"What a training run promises: the same bits however often it was interrupted, and attacks on the network as it is."
+import contextlib
 import copy
+import io
 import json
 import os
-import signal
-import subprocess
-import sys
+import shutil
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import small_preactivation  # noqa: F401, registers a network
+import timm
 import torch
+from children import start
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from advdpnp.attacks import PGD
-from advdpnp.baselines import METHODS, PGDAT, LinearNet, Standard, make_net
-from advdpnp.data import load_dataset
-from advdpnp.prototypes import PrototypeNet
-from advdpnp.runs import Ledger, config_hash, make_config
-from advdpnp.training import AdvDPNP, Trainer, perturbed
+from advdpnp.backbones import cifar_resnet8
+from advdpnp.core import seeded
+from advdpnp.data import Dataset, load_dataset
+from advdpnp.methods import METHODS, PGDAT, AdvDPNP, Standard, make_net
+from advdpnp.prototypes import LinearNet, PrototypeNet
+from advdpnp.runs import Ledger, config_hash, do_step, make_config
+from advdpnp.still import Still, frozen_copy
+from advdpnp.training import Step, Trainer, load_state, perturbed
 
-WORKER = """
-import sys, torch
-torch.set_num_threads(1)
-from advdpnp.runs import Ledger, make_config
-Ledger(sys.argv[1], device="cpu").run(make_config("Adv-DPNP", "quick", device="cpu", epochs=3, steps=2))
-"""
-CONFIG = dict(method="Adv-DPNP", preset="quick", device="cpu", epochs=3, steps=2)
-
-
-def worker(folder):
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(folder)], stderr=subprocess.PIPE, text=True)
+TINY = dict(train_images=200, val_size=50, test_images=20, autoattack_images=1, check_images=5)
+CONFIG = make_config("Adv-DPNP", "quick", device="cpu", epochs=5, steps=1, **TINY)
+OTHER = make_config("standard", "quick", device="cpu", epochs=1, **TINY)
 
 
-def numbers(folder):
+@pytest.fixture
+def few(digits):
+    "Digits with 200 images to train on."
+    return replace(digits, x_train=digits.x_train[:200], y_train=digits.y_train[:200])
+
+
+def small(channels=1):
+    "A backbone with batch-norms. No strided 1x1 convolution: those of so few channels crash on CPUs, see oneDNN 6035."
+    return cifar_resnet8(width=4, in_chans=channels, num_classes=0, avg_down=True)
+
+
+def trainer(digits, folder=None, backbone=None, method=AdvDPNP(eps=0.2, steps=1), **settings):
+    torch.manual_seed(0)
+    net = PrototypeNet(backbone or small(), 10, mean=digits.mean, std=digits.std)
+    return Trainer(net, method, digits, folder=folder, device="cpu", quiet=True,
+                   **dict(epochs=2, batch_size=32, val_size=40, val_attack=PGD(0.2, steps=1)) | settings)
+
+
+def same_weights(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# Killed, and continued
+
+
+def numbers(folder, config=CONFIG):
     "What a run came to, without the clock."
-    record = Ledger(folder, device="cpu").result(make_config(**CONFIG))
+    record = Ledger(folder, device="cpu").result(config)
     history = [{k: v for k, v in line.items() if k != "seconds"} for line in record["history"]]
-    return (
-        history,
-        *[(record[which]["sha256"], record[which]["metrics"], record[which]["logits"]) for which in ("best", "last")],
-        record["best"]["curve"],
-    )
+    return history, record["best"]["curve"], [
+        (record[which]["sha256"], record[which]["metrics"], record[which]["logits"]) for which in ("best", "last")]
+
+
+def run(folder, config):
+    "Train and measure, in whichever process this is."
+    for step in ("train", "result"):
+        do_step(folder, "cpu", True, step, config, None)
 
 
 @pytest.fixture(scope="module")
 def through(tmp_path_factory):
-    "A run that nobody disturbed."
-    folder = tmp_path_factory.mktemp("through")
-    process = worker(folder)
-    _, log = process.communicate()
-    assert process.returncode == 0, log
-    return numbers(folder), log
-
-
-def test_same_seed_same_bits(through, tmp_path):
-    assert worker(tmp_path).wait() == 0
-    assert numbers(tmp_path) == through[0]
-
-
-def test_killed_by_the_system_twice(through, tmp_path):
-    "Kill -9 in the first epoch, kill -9 some time after the second, and let the third process finish."
-    run = tmp_path / "runs/digits/Adv-DPNP-cifar_resnet8-quick-s0,epochs=3,steps=2"
-    metrics = lambda: len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
-    for reached in (lambda: (run / "config.json").exists(), lambda: metrics() >= 2):
-        process = worker(tmp_path)
-        while not reached():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (run / "result.json").exists()
-    assert worker(tmp_path).wait() == 0
-    assert numbers(tmp_path) == through[0]
-
-
-def test_killed_at_every_write(tmp_path, monkeypatch):
-    "The process ends at its n-th file, before or after it is in place, for every n; a new one ends as if it had not."
-    config = make_config("DPNP", "quick", device="cpu", epochs=2, test_images=50, autoattack_images=2, check_images=10)
-    real = os.replace
-    count = 0
-
-    class Killed(BaseException):
-        pass
-
-    def run(folder, die_at=None, after=False):
-        nonlocal count
-        count = 0
-
-        def replace(source, target):
-            nonlocal count
-            count += 1
-            if count == die_at and not after:
-                raise Killed
-            real(source, target)
-            if count == die_at:
-                raise Killed
-
-        monkeypatch.setattr(os, "replace", replace)
-        return Ledger(folder, device="cpu", quiet=True).run(config)
-
-    essence = lambda record: (
-        [(record[w]["sha256"], record[w]["metrics"]) for w in ("best", "last")]
-        + [record["best"]["curve"], [line["loss"] for line in record["history"]]]
-    )
-    expected = essence(run(tmp_path / "through"))
-    writes = count
-    assert writes > 11  # config, four files an epoch, that it is trained, the verdicts of every attack, result
-    for n in range(1, writes + 1):
-        folder = tmp_path / str(n)
-        with pytest.raises(Killed):
-            run(folder, die_at=n, after=n % 2 == 0)
-        assert essence(run(folder)) == expected
+    "Two runs that nobody disturbed, one after the other in a process of two threads; their folder and their log."
+    folder, log, threads = tmp_path_factory.mktemp("through"), io.StringIO(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with contextlib.redirect_stderr(log):
+            Ledger(folder, device="cpu").run_all([CONFIG, OTHER], jobs=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    return folder, log.getvalue()
 
 
 def test_log_has_a_line_an_epoch(through):
-    lines = [line for line in through[1].splitlines() if "epoch" in line]
-    assert len(lines) == 3
+    lines = [line for line in through[1].splitlines() if "Adv-DPNP s0 epoch" in line]
+    assert len(lines) == 5
     for n, line in enumerate(lines, 1):
-        assert f"Adv-DPNP s0 epoch {n}/3 17/17" in line
+        assert f"epoch {n}/5 2/2" in line
         for word in ("loss", "consistency", "val clean", "robust", "left"):
             assert word in line
 
 
-def trainer(digits, folder=None, **settings):
-    torch.manual_seed(0)
-    net = PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std)
-    return Trainer(net, AdvDPNP(eps=0.2, steps=1), digits, folder=folder, device="cpu", quiet=True,
-                   **(dict(epochs=2, val_attack=PGD(0.2, steps=1)) | settings))
+def test_killed_by_the_system_twice_and_ended_beside_another_run(through, tmp_path):
+    "Kill -9 in the first epoch and after the second; a third process ends with the bits of a run not disturbed."
+    folder = Ledger(tmp_path, device="cpu").folder(CONFIG)
+    lines = folder / "metrics.jsonl"
+    epochs = lambda: len(lines.read_text().splitlines()) if lines.exists() else 0
+    for reached in (lambda: (folder / "config.json").exists(), lambda: epochs() >= 2):
+        process = start(run, tmp_path, CONFIG)
+        while not reached():
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+    assert epochs() >= 2 and not (folder / "result.json").exists()
+    for process in [start(run, tmp_path, config) for config in (CONFIG, OTHER)]:
+        process.join()
+        assert process.exitcode == 0
+    for config in (CONFIG, OTHER):
+        assert numbers(tmp_path, config) == numbers(through[0], config)
 
 
-def test_time_limit_and_exact_resume_in_the_middle_of_an_epoch(digits, tmp_path):
-    class Clock:
-        "Stops a run after a number of batches."
-        def __init__(self, batches): self.batches = batches
-        def craft(self, net, x, y, generator):
-            if self.batches == 0:
-                raise KeyboardInterrupt
-            self.batches -= 1
-            return AdvDPNP(eps=0.2, steps=1).craft(net, x, y, generator)
-        loss = AdvDPNP(eps=0.2, steps=1).loss
+def test_killed_at_every_write(digits, tmp_path, monkeypatch):
+    "What is on disk when a file is about to take its place, for every file: from there a run ends as if nothing was."
+    config = make_config("standard", "quick", 1, "cpu", epochs=2, lr=2.0, **TINY)  # the first epoch is the best
+    monkeypatch.setattr("advdpnp.runs.load_dataset", lambda *where: digits)  # reading it anew takes as long as the run
+    ledger = lambda folder: Ledger(folder, device="cpu", quiet=True)
+    move, moments = os.replace, []
 
-    through = trainer(digits)
+    def replace(source, target):
+        moments.append((tmp_path / str(len(moments)), Path(target).name))
+        shutil.copytree(tmp_path / "through", moments[-1][0])
+        move(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        ledger(tmp_path / "through").run(config)
+    names = [name for _, name in moments]
+    assert {"config.json", "last.safetensors", "best.safetensors", "metrics.jsonl", "state.pt", "trained.json",
+            "result-best.json", "result.json"} <= {*names}
+
+    def trained(folder):
+        state = load_state(ledger(folder).folder(config) / "state.pt")
+        return [line["loss"] for line in state["history"]], [ledger(folder).sha256(config, w) for w in ("best", "last")]
+
+    for folder, name in moments:
+        assert [*folder.rglob(".*.part*")], name  # the file that never took its place
+        assert ledger(folder).train(config) and trained(folder) == trained(tmp_path / "through"), name
+        if name.startswith("result"):
+            assert ledger(folder).measure(config)
+            assert numbers(folder, config) == numbers(tmp_path / "through", config), name
+    next(folder.rglob("result.json")).write_text("{half")
+    with pytest.raises(ValueError, match="result.json is damaged"):
+        ledger(folder).run(config)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(awp=0.005, ema=0.9)])
+def test_time_limit_and_exact_resume_in_the_middle_of_an_epoch(few, tmp_path, monkeypatch, settings):
+    through = trainer(few, **settings)
     through.fit()
-    stopped = trainer(digits, tmp_path, save_every=0.0)
-    stopped.update.method = Clock(13)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.fit()
-    resumed = trainer(digits, tmp_path)
-    assert (resumed.epoch, resumed.batch) == (1, 4)  # 9 batches an epoch
+    stopped, craft, left = trainer(few, tmp_path, save_every=0.0, **settings), AdvDPNP.craft, iter(range(7))
+
+    def interrupted(*batch):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return craft(*batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdvDPNP, "craft", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.fit()
+    resumed = trainer(few, tmp_path, **settings)
+    assert (resumed.epoch, resumed.batch) == (1, 2)  # 5 batches an epoch
     assert resumed.fit(time_limit=0) is False
     assert resumed.fit() is True
-    assert all(torch.equal(v, resumed.weights("last")[k]) for k, v in through.weights("last").items())
-    assert all(torch.equal(v, resumed.weights("best")[k]) for k, v in through.weights("best").items())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and lines[-1]["loss"] == through.history[-1]["loss"]
+    read = trainer(few, tmp_path, **settings)
+    for other in (resumed, read):
+        assert all(same_weights(through.weights(which), other.weights(which)) for which in ("best", "last"))
+        # where training has ended and where that was read: the averages, if there are any
+        assert same_weights(other.net.state_dict(), through.weights("last")) and not other.net.training
 
 
-def test_the_test_images_are_never_seen(digits):
-    t = trainer(digits)
-    test = {image.tobytes() for image in digits.x_test} - {image.tobytes() for image in digits.x_train}
-    for loader in (t.loader, t.val_loader):
-        assert not test & {image.numpy().tobytes() for image in loader.x}
-
-
-def test_global_randomness_is_left_alone(digits):
-    t, state = trainer(digits), torch.get_rng_state()
-    t.fit()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_bits_do_not_depend_on_who_trains(tmp_path):
-    "Side by side in two processes, or one after the other in this one: the same weights."
-    configs = [make_config(method, "quick", device="cpu", epochs=1, test_images=50, autoattack_images=2,
-                           check_images=10) for method in ("standard", "DPNP")]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = Ledger(tmp_path / "together", device="cpu", quiet=True).run_all(configs, jobs=2)
-        alone = Ledger(tmp_path / "alone", device="cpu", quiet=True).run_all(configs, jobs=1)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
-    assert [r["last"]["sha256"] for r in together] == [r["last"]["sha256"] for r in alone]
-
-
-def test_a_checkpoint_that_was_not_measured_is_refused(tmp_path):
-    ledger = Ledger(tmp_path, device="cpu", quiet=True)
-    config = make_config("standard", "quick", device="cpu", epochs=1, test_images=50, autoattack_images=2,
-                         check_images=10)
-    ledger.run(config)
-    path = ledger.folder(config) / "best.safetensors"
-    ledger.model(config)
-    path.write_bytes(path.read_bytes()[:-4] + b"oops")
-    with pytest.raises(ValueError, match="is not the file that was measured"):
-        ledger.model(config)
-    (ledger.folder(config) / "result.json").write_text("{half")
-    with pytest.raises(ValueError, match="result.json is damaged"):
-        ledger.run(config)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_a_step_on_colour_images(method):
-    from advdpnp.data import Dataset
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    data = Dataset("colour", rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), np.arange(40) % 4,
-                   rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), np.arange(8) % 4)
-    cls = METHODS[method]
-    net = make_net(method, "cifar_resnet8", 4, data.mean, data.std)
-    before = net.backbone.conv1.weight.detach().clone()
-    t = Trainer(net, cls(**({"eps": 8 / 255, "steps": 1} if "eps" in cls.__dataclass_fields__ else {})), data, epochs=1,
-                batch_size=16, device="cpu", quiet=True)
-    assert t.fit() and t.config["flip"] and t.config["padding"] == 2
-    assert not torch.equal(before, net.backbone.conv1.weight)
-
-
-def test_a_folder_of_another_run_is_refused_and_untouched(digits, tmp_path):
-    trainer(digits, tmp_path).fit()
+def test_a_folder_of_another_run_is_refused_and_untouched(few, tmp_path):
+    trainer(few, tmp_path).fit(time_limit=0)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     for settings, message in [(dict(lr=0.05), "lr is 0.1 there, 0.05 here"),
                               (dict(epochs=3), "epochs is 2 there, 3 here"), (dict(seed=4), "seed is 0 there, 4 here")]:
         with pytest.raises(ValueError, match=f"holds another run: .*{message}.*Choose another folder"):
-            trainer(digits, tmp_path, **settings)
+            trainer(few, tmp_path, **settings)
     torch.manual_seed(0)
-    wider = PrototypeNet("cifar_resnet8", 10, norm=5.0, mean=digits.mean, std=digits.std)
+    wider = PrototypeNet(small(), 10, norm=5.0, mean=few.mean, std=few.std)
     with pytest.raises(ValueError, match="net.head is .*norm=2.4.* there, .*norm=5"):
-        Trainer(wider, AdvDPNP(eps=0.2, steps=1), digits, folder=tmp_path, epochs=2,
+        Trainer(wider, AdvDPNP(eps=0.2, steps=1), few, folder=tmp_path, epochs=2, batch_size=32, val_size=40,
                 val_attack=PGD(0.2, steps=1), device="cpu")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-500], lambda b: b[:20000] + bytes(200) + b[20200:], lambda b: b""])
-def test_a_damaged_state_is_named(digits, tmp_path, damage):
-    trainer(digits, tmp_path).fit(time_limit=0)
+def test_a_damaged_state_is_named(few, tmp_path):
+    trainer(few, tmp_path).fit(time_limit=0)
     path = tmp_path / "state.pt"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="state.pt is damaged .*: delete"):
-        trainer(digits, tmp_path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-500], whole[:10000] + bytes(200) + whole[10200:], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="state.pt is damaged .*: delete"):
+            trainer(few, tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(digits, tmp_path):
-    t = trainer(digits, tmp_path, epochs=3)
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(few, tmp_path):
+    t = trainer(few, tmp_path, epochs=3)
     t.epochs = 1
     t.fit()
     good = (tmp_path / "state.pt").read_bytes()
@@ -251,7 +215,306 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(digits, t
     ):
         t.fit()
     assert (tmp_path / "state.pt").read_bytes() == good
-    assert torch.isfinite(trainer(digits, tmp_path, epochs=3).weights("last")["head.directions"]).all()
+    assert torch.isfinite(trainer(few, tmp_path, epochs=3).weights("last")["head.directions"]).all()
+
+
+def test_weights_can_be_read_by_others(few, tmp_path):
+    trainer(few, tmp_path, epochs=1).fit()
+    (tmp_path / "any").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir() if path.suffix} == {(tmp_path / "any").stat().st_mode}
+
+
+# What is trained on
+
+
+def test_the_test_images_are_never_seen(digits):
+    t = trainer(digits)
+    test = {image.tobytes() for image in digits.x_test} - {image.tobytes() for image in digits.x_train}
+    for loader in (t.loader, t.val_loader):
+        assert not test & {image.numpy().tobytes() for image in loader.x}
+
+
+def test_global_randomness_is_left_alone(few):
+    t, state = trainer(few, epochs=1), torch.get_rng_state()
+    t.fit()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_step_on_colour_images(method):
+    rng = np.random.default_rng(0)
+    data = Dataset("colour", rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), np.arange(40) % 4,
+                   rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), np.arange(8) % 4)
+    cls = METHODS[method]
+    net = make_net(method, small(channels=3), 4, data.mean, data.std)
+    before = net.backbone.conv1.weight.detach().clone()
+    t = Trainer(net, cls(**dict(eps=8 / 255, steps=1) if cls.adversarial else {}), data, epochs=1,
+                batch_size=16, device="cpu", quiet=True)
+    assert t.fit() and t.config["flip"] and t.config["padding"] == 2
+    assert not torch.equal(before, net.backbone.conv1.weight)
+
+
+def test_a_network_of_other_classes_or_channels_is_refused(few):
+    for net, message in ((LinearNet(small(), 12, few.mean, few.std), "the network has 12 classes, digits has 10"),
+                         (LinearNet(small(channels=3), 10), r"images are \(32, 1, 8, 8\), expected 3 channels")):
+        with pytest.raises(ValueError, match=message):
+            Trainer(net, Standard(), few, batch_size=32, device="cpu", quiet=True).fit()
+
+
+def test_an_archive_that_is_not_to_be_mirrored_is_trained_on_in_a_folder(few, tmp_path):
+    np.savez(tmp_path / "letters.npz", x_train=few.x_train, y_train=few.y_train, x_test=few.x_test,
+             y_test=few.y_test, flip=False)
+    trainer(load_dataset("letters", tmp_path), tmp_path / "run", epochs=1).fit()
+    assert json.loads((tmp_path / "run/config.json").read_text())["flip"] is False
+
+
+def test_a_stream_trains_like_the_images_it_is_made_of(few):
+    "Batches from elsewhere, through the same trainer: bytes or floats, the same weights."
+    x, y = torch.from_numpy(few.x_train[:128]).permute(0, 3, 1, 2), torch.from_numpy(few.y_train[:128])
+    held, nets = replace(few, x_test=few.x_test[:40], y_test=few.y_test[:40]), []
+    for batches in ([(x[i : i + 64], y[i : i + 64]) for i in (0, 64)],
+                    [(x[i : i + 64].float() / 255, y[i : i + 64].int()) for i in (0, 64)]):
+        t = trainer(held, stream=batches, method=PGDAT(eps=0.2, steps=2), val_size=None)
+        assert t.fit() and [line["epoch"] for line in t.history] == [1, 2]
+        nets.append(t.weights("last"))
+    assert same_weights(*nets)
+
+
+def test_timms_loader_of_a_folder_of_images(tmp_path):
+    import PIL.Image
+    from timm.data import create_dataset, create_loader
+
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for i in range(8):
+            PIL.Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / label / f"{i}.png")
+    loader = create_loader(create_dataset("", tmp_path), (3, 32, 32), 4, is_training=True, use_prefetcher=False,
+                           # images stay in [0, 1]
+                           mean=(0, 0, 0), std=(1, 1, 1), num_workers=0, persistent_workers=False)
+    held = load_dataset(f"{tmp_path}/")
+    held = held.__class__("held", held.x_test[:0, :32, :32], held.y_test[:0], held.x_test[:, :32, :32], held.y_test)
+    torch.manual_seed(0)
+    net = make_net("Adv-DPNP", small(channels=3), 2, (0.5,) * 3, (0.25,) * 3)
+    t = Trainer(net, AdvDPNP(eps=8 / 255, steps=1), held, stream=loader, epochs=1, device="cpu", quiet=True)
+    assert t.fit() and np.isfinite(t.history[0]["loss"]) and len(t.loader) == 4
+
+
+# A step
+
+
+class Operations(TorchDispatchMode):
+    "Inside, writes down every operation."
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.seen.append(operation)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_draws_nothing_reads_nothing_and_does_the_same_every_time(batch, few, method):
+    cls, (x, y) = METHODS[method], batch
+    torch.manual_seed(0)
+    net, method = make_net(method, small(), 10, few.mean, few.std), cls(**dict(steps=2) if cls.adversarial else {})
+    step, noise, state, seen = Step(net, method, x), method.draw(x, seeded("cpu", 0)), torch.get_rng_state(), []
+    places = {name: tensor.data_ptr() for name, tensor in step.still.static.items()} if cls.adversarial else {}
+    for _ in range(3):
+        with Operations() as operations:
+            step(x, y, noise)
+        seen.append(operations.seen)
+    assert len(seen[0]) > 100 and seen[1] == seen[2]
+    assert not any(torch.Tag.nondeterministic_seeded in operation.tags for operation in seen[1])
+    assert torch.ops.aten._local_scalar_dense.default not in seen[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert places == ({name: tensor.data_ptr() for name, tensor in step.still.static.items()} if places else {})
+
+
+def grouped():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2),
+                        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.num_features = 16
+    return net
+
+
+BACKBONES = {  # to the number of batch-norms that are folded
+    "resnet": (small, 9),
+    "pre-activation": (lambda: timm.create_model("test_preactresnet", in_chans=1, num_classes=0), 0),
+    "group-norm": (grouped, 0),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_step_attacks_the_network_as_it_is(few, monkeypatch, name):
+    backbone, pairs = BACKBONES[name]
+    t, craft, steps = trainer(few, backbone=backbone()), AdvDPNP.craft, []
+    t.net.double()  # so that rounding flips no sign of the attack's gradient
+
+    def watched(self, still, x, y, noise):
+        assert len(still.pairs) == pairs and still.same_as_model(x, tolerance=1e-9)
+        x_adv = craft(self, still, x, y, noise)
+        afresh = craft(self, Still(frozen_copy(t.net)), x, y, noise)
+        assert (x_adv != afresh).double().mean() < 1e-3
+        steps.append(frozen_copy(t.net)(x))
+        return x_adv
+
+    monkeypatch.setattr(AdvDPNP, "craft", watched)
+    assert t.fit()
+    assert len(steps) == 10 and not any(torch.equal(a, b) for a, b in zip(steps, steps[1:]))  # and it did change
+    assert t.one_step.still.same_as_model(t.val_loader.take(torch.arange(40))[0])
+
+
+class Switching(nn.Module):
+    "Has two batch-norms, and an attribute says which one is used."
+
+    num_features, which = 8, 0
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norms = nn.Conv2d(1, 8, 3), nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8)])
+
+    def forward(self, x):
+        return self.norms[self.which](self.conv(x)).relu().mean((2, 3))
+
+
+def test_a_network_that_changes_its_way_of_computing_is_not_attacked_as_another(few, tmp_path):
+    t = trainer(few, tmp_path, backbone=Switching())
+    step = t.step
+
+    def switching(x, y):
+        t.net.backbone.which = int((t.epoch, t.batch) >= (1, 2))
+        return step(x, y)
+
+    t.step = switching
+    with pytest.raises(RuntimeError, match="the frozen copy that is attacked does not say what the network says"):
+        t.fit()
+    assert len(t.history) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1  # the first epoch was fine
+    t = trainer(few, backbone=Switching())
+    t.step(*next(t.loader.epoch(0)))
+    t.net.backbone.more = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="the model has other weights than when it was copied"):
+        t.step(*next(t.loader.epoch(0)))
+
+
+def test_a_network_that_cannot_be_copied_is_attacked_itself(few, monkeypatch):
+    backbone, craft, modes = grouped(), AdvDPNP.craft, []
+    backbone[3] = nn.utils.weight_norm(backbone[3])  # its weight is computed, and is no parameter
+
+    def watched(self, still, x, y, noise):
+        modes.append((still.copied, t.net.training, any(p.requires_grad for p in t.net.parameters())))
+        return craft(self, still, x, y, noise)
+
+    monkeypatch.setattr(AdvDPNP, "craft", watched)
+    t = trainer(few, backbone=backbone)
+    assert t.fit() and t.history[1]["loss"] < t.history[0]["loss"]
+    assert modes == [(False, False, False)] * 10 and all(p.requires_grad for p in t.net.parameters())
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].adversarial])
+def test_bf16_trains_float32_weights_on_images_inside_the_ball(few, monkeypatch, method):
+    cls, eps, far = METHODS[method], 8 / 255, []
+    craft = cls.craft
+
+    def watched(self, still, x, y, noise):
+        x_adv = craft(self, still, x, y, noise)
+        kinds = {name: tensor.dtype for name, tensor in still.static.items() if tensor.is_floating_point()}
+        assert {kinds.pop(name) for name in [*kinds] if name.startswith("backbone.")} == {torch.bfloat16}
+        assert {*kinds.values()} == {x_adv.dtype} == {torch.float32}
+        assert 0 <= x_adv.min() and x_adv.max() <= 1
+        far.append((x_adv - x).abs().max().item())
+        return x_adv
+
+    monkeypatch.setattr(cls, "craft", watched)
+    torch.manual_seed(0)
+    net = make_net(method, small(), 10, few.mean, few.std)
+    t = Trainer(net, cls(eps=eps, steps=5), few, epochs=2, batch_size=32, val_size=40, precision="bf16",
+                val_attack=PGD(eps, steps=1), device="cpu", quiet=True)
+    assert t.fit() and t.history[1]["loss"] < t.history[0]["loss"]
+    assert len(far) == 10 and 0.99 * eps < max(far) <= eps + 1e-6
+    floats = [value for value in t.net.state_dict().values() if value.is_floating_point()]
+    assert {value.dtype for value in [*floats, *(p.grad for p in net.parameters())]} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_in_bf16_and_resumes(digits, tmp_path):
+    make = lambda: trainer(digits, tmp_path, backbone="cifar_resnet8", method=AdvDPNP(eps=0.2, steps=2),
+                           epochs=4, batch_size=64, val_size=200, device="cuda", precision="bf16")
+    assert make().fit(time_limit=0) is False
+    resumed = make()
+    assert resumed.fit() and resumed.history[-1]["clean"] > 50
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_never_waits_inside_an_epoch(digits):
+    t = trainer(digits, backbone="cifar_resnet8", method=AdvDPNP(eps=0.2, steps=3), epochs=1, batch_size=64,
+                precision="bf16", device="cuda")
+    batches = list(t.loader.epoch(0))
+    t.step(*batches[0])  # folding looks once whether it may
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for x, y in batches[1:6]:
+            t.step(x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Extras
+
+
+def test_averaged_weights_are_the_running_mean(few):
+    "From those after the first step on, with the statistics of batch-norms; counters are the present ones."
+    t, mean = trainer(few, ema=0.7, epochs=1), {}
+    for x, y in t.loader.epoch(0):
+        t.step(x, y)
+        for name, value in t.net.state_dict().items():
+            average = value.is_floating_point() and name in mean
+            mean[name] = 0.7 * mean[name] + 0.3 * value if average else value.clone()
+    state = t.state()["average"]
+    assert state.keys() == t.net.state_dict().keys() and t.batch == 5
+    for name, value in state.items():
+        torch.testing.assert_close(value, mean[name], rtol=1e-5, atol=1e-6)
+    assert same_weights(t.weights("last"), state) and t.judged is t.average
+    assert not any(p.requires_grad for p in t.average.parameters()) and not t.average.training
+
+
+def test_a_partly_frozen_network_takes_a_step_with_perturbed_weights(few):
+    t = trainer(few, awp=0.01, epochs=1)
+    frozen = t.net.backbone.layer1[0].conv1.weight.requires_grad_(False)
+    before = frozen.clone()
+    t.fit()
+    assert torch.equal(t.net.backbone.layer1[0].conv1.weight, before)
+
+
+def test_weight_perturbation_is_a_gradient_at_another_place():
+    "Against the step written out by hand, on a network without batch-norm."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(3, (20,))
+    loss = lambda: nn.functional.cross_entropy(net(x), y)
+    by_hand = copy.deepcopy(net)
+    for weight, gradient in zip((by_hand[0].weight, by_hand[2].weight),
+                                torch.autograd.grad(loss(), (net[0].weight, net[2].weight))):
+        weight.data += 0.01 * weight.norm() / gradient.norm() * gradient  # biases stay
+    expected = torch.autograd.grad(nn.functional.cross_entropy(by_hand(x), y), list(by_hand.parameters()))
+    before = [p.detach().clone() for p in net.parameters()]
+    with perturbed(net, loss, 0.01):
+        loss().backward()
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before))
+    assert all(torch.allclose(p.grad, e) for p, e in zip(net.parameters(), expected))
+
+
+def test_weight_perturbation_leaves_the_statistics_of_one_pass(batch, few):
+    "The pass that finds the direction counts for nothing: batch-norms have seen each branch once."
+    t = trainer(few, awp=0.005)
+    t.step(*batch)
+    counts = [value.item() for name, value in t.net.state_dict().items() if name.endswith("num_batches_tracked")]
+    assert counts == [2] * 9
+
+
+# Configurations
 
 
 @pytest.mark.parametrize("make, message", [
@@ -292,96 +555,3 @@ def test_configurations_that_differ_have_folders_and_hashes_that_differ(tmp_path
                for c in ({}, dict(norm=5.0), dict(lr=0.3), dict(lr=0.3, norm=5.0), dict(seed=1))]
     assert len({ledger.folder(c) for c in configs}) == len({config_hash(c) for c in configs}) == len(configs)
     assert ledger.folder(configs[0]) == tmp_path / "runs/digits/Adv-DPNP-cifar_resnet8-quick-s0"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_trains_in_bf16_and_resumes(digits, tmp_path):
-    torch.manual_seed(0)
-    make = lambda: Trainer(PrototypeNet("cifar_resnet8", 10, mean=digits.mean, std=digits.std),
-                           AdvDPNP(eps=0.2, steps=2), digits,
-                           epochs=4, device="cuda", precision="bf16", folder=tmp_path, quiet=True)
-    assert make().fit(time_limit=0) is False
-    resumed = make()
-    assert resumed.fit() and resumed.history[-1]["clean"] > 50
-
-
-def test_weight_perturbation_and_averages_survive_an_interruption(tmp_path):
-    digits = load_dataset("digits")
-
-    def trainer(folder):
-        torch.manual_seed(0)
-        net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
-        return Trainer(net, PGDAT(0.2, steps=2), digits, epochs=2, batch_size=128, padding=0, val_size=200,
-                       awp=0.005, ema=0.9,
-                       val_attack=PGD(0.2, steps=2), folder=folder, quiet=True, device="cpu")
-
-    whole = trainer(tmp_path / "whole")
-    whole.fit()
-    while not trainer(tmp_path / "parts").fit(time_limit=0.7):
-        pass
-    parts = trainer(tmp_path / "parts")
-    for which in ("best", "last"):
-        assert all(torch.equal(value, parts.weights(which)[name]) for name, value in whole.weights(which).items())
-    for net in (whole.net, parts.net):  # the averages, where training has ended and where that was read
-        assert all(torch.equal(value, net.state_dict()[name]) for name, value in whole.weights("last").items())
-
-
-def test_averaged_weights_are_the_running_mean():
-    digits, seen = load_dataset("digits"), []
-    torch.manual_seed(0)
-    net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
-    trainer = Trainer(net, Standard(), digits, epochs=1, batch_size=256, padding=0, val_size=200, ema=0.7,
-                      val_attack=PGD(0.2, steps=1), quiet=True, device="cpu")
-    trainer.update.optimizer.register_step_post_hook(lambda *_: seen.append(net.head.weight.detach().clone()))
-    trainer.fit()
-    mean = seen[0]
-    for weight in seen[1:]:
-        mean = 0.7 * mean + 0.3 * weight
-    assert len(seen) == 4 and torch.allclose(trainer.weights("last")["head.weight"], mean, atol=1e-6)
-
-
-def test_a_partly_frozen_network_takes_a_step_with_perturbed_weights(digits):
-    t = trainer(digits, awp=0.01, epochs=1)
-    frozen = t.net.backbone.layer1[0].conv1.weight.requires_grad_(False)
-    before = frozen.clone()
-    t.fit()
-    assert torch.equal(t.net.backbone.layer1[0].conv1.weight, before)
-
-
-def test_a_network_of_other_classes_or_channels_is_refused(digits):
-    for net, message in ((LinearNet("cifar_resnet8", 12, digits.mean, digits.std),
-                          "the network has 12 classes, digits has 10"),
-                         (LinearNet("cifar_resnet8", 10), r"images are \(128, 1, 8, 8\), expected 3 channels")):
-        with pytest.raises(ValueError, match=message):
-            Trainer(net, Standard(), digits, device="cpu", quiet=True).fit()
-
-
-def test_weights_can_be_read_by_others(digits, tmp_path):
-    trainer(digits, tmp_path, epochs=1).fit()
-    (tmp_path / "any").touch()
-    assert {path.stat().st_mode for path in tmp_path.iterdir() if path.suffix} == {(tmp_path / "any").stat().st_mode}
-
-
-def test_an_archive_that_is_not_to_be_mirrored_is_trained_on_in_a_folder(digits, tmp_path):
-    np.savez(tmp_path / "letters.npz", x_train=digits.x_train, y_train=digits.y_train, x_test=digits.x_test,
-             y_test=digits.y_test, flip=False)
-    trainer(load_dataset("letters", tmp_path), tmp_path / "run", epochs=1).fit()
-    assert json.loads((tmp_path / "run/config.json").read_text())["flip"] is False
-
-
-def test_weight_perturbation_is_a_gradient_at_another_place():
-    "Against the step written out by hand, on a network without batch-norm."
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
-    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(3, (20,))
-    loss = lambda: torch.nn.functional.cross_entropy(net(x), y)
-    by_hand = copy.deepcopy(net)
-    for weight, gradient in zip((by_hand[0].weight, by_hand[2].weight),
-                                torch.autograd.grad(loss(), (net[0].weight, net[2].weight))):
-        weight.data += 0.01 * weight.norm() / gradient.norm() * gradient  # biases stay
-    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(by_hand(x), y), list(by_hand.parameters()))
-    before = [p.detach().clone() for p in net.parameters()]
-    with perturbed(net, loss, 0.01):
-        loss().backward()
-    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before))
-    assert all(torch.allclose(p.grad, e) for p, e in zip(net.parameters(), expected))
