@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("MPLBACKEND", "agg")
 # small networks: threads would cost more than they give, most of all on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # of an oracle: to compile one function takes longer than to run it
 
 import pytest
 import torch

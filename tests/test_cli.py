@@ -92,9 +92,9 @@ def test_interrupted_it_goes_on(here):
              "10", "--attacks", "fgsm,pgd20", "--output", "out.json"]
     process = subprocess.Popen([sys.executable, "-m", "advdpnp", *words], cwd=here, stderr=subprocess.PIPE, text=True)
     state = here / ".out.json.unfinished"
-    while not (state.exists() and "pgd20" in state.read_text()):
+    while not (state.exists() and "fgsm" in state.read_text()):
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and "the same command goes on" in said and state.exists()

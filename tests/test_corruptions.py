@@ -90,7 +90,6 @@ def test_every_severity_seed_block_and_image_has_its_own_draws(name, side):
 
 @pytest.fixture(scope="session")
 def oracle():
-    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # to compile one function takes longer than to run it
     return pytest.importorskip("imagecorruptions.corruptions")
 
 

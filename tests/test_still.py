@@ -78,7 +78,7 @@ def flat(*layers):
 
 
 NETWORKS = {  # to the pairs that may be folded
-    "resnet": (lambda: timm.create_model("cifar_resnet8", in_chans=1, width=4), 9),
+    "resnet": (lambda: timm.create_model("cifar_resnet8", in_chans=1), 9),
     # the first batch-norm of a block takes what the shortcut takes, too
     "pre-activation": (lambda: flat(nn.Conv2d(1, 8, 3), Block(8), Block(8)), 2),
     "in-place": (lambda: flat(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(8)), 0),
@@ -127,11 +127,11 @@ def test_copied_untrained_and_still_the_same_function_after_training(name):
 
 @pytest.mark.parametrize("change", [
     lambda net: nn.utils.parametrizations.weight_norm(net.conv1),
-    lambda net: setattr(net, "fc", nn.Linear(16, 3)),
+    lambda net: setattr(net, "fc", nn.Linear(64, 3)),
     lambda net: prune.l1_unstructured(net.layer1[0].conv1, "weight", 0.5),
 ])
 def test_a_copy_that_cannot_follow_is_an_error(change):
-    net = timm.create_model("cifar_resnet8", in_chans=1, width=4)
+    net = timm.create_model("cifar_resnet8", in_chans=1)
     still = Still(net, X)
     change(net)
     with pytest.raises(RuntimeError, match="the model has other weights than when it was copied"):
@@ -159,7 +159,7 @@ def test_a_network_that_looks_at_its_batch_norms_is_not_folded():
 
 
 def test_refreshing_keeps_every_place_in_memory():
-    net = timm.create_model("cifar_resnet8", in_chans=1, width=4)
+    net = timm.create_model("cifar_resnet8", in_chans=1)
     still = Still(net, X)
     places = {name: t.data_ptr() for name, t in named_tensors(still.copy).items()}
     train(net, 2)
@@ -168,7 +168,7 @@ def test_refreshing_keeps_every_place_in_memory():
 
 
 def test_the_user_s_model_is_left_alone():
-    net = timm.create_model("cifar_resnet8", in_chans=1, width=4).train()
+    net = timm.create_model("cifar_resnet8", in_chans=1).train()
     net.bn1.eval()
     hooks = len(net._forward_pre_hooks)
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
@@ -183,7 +183,7 @@ def test_the_user_s_model_is_left_alone():
 @pytest.mark.parametrize("in_place", [False, True], ids=["copied", "in place"])
 def test_six_threads_get_what_they_get_alone(in_place):
     torch.manual_seed(0)
-    net = timm.create_model("cifar_resnet8", in_chans=1, width=4).train()
+    net = timm.create_model("cifar_resnet8", in_chans=1).train()
     if in_place:
         net.fc = nn.utils.weight_norm(net.fc)  # its weight is computed, so the network cannot be copied
     net(X)
@@ -197,7 +197,7 @@ def test_six_threads_get_what_they_get_alone(in_place):
 
 
 def test_models_that_were_compiled_or_scripted():
-    net = train(timm.create_model("cifar_resnet8", in_chans=1, width=4))
+    net = train(timm.create_model("cifar_resnet8", in_chans=1))
     compiled = torch.compile(net)  # not yet compiled: that happens at its first call
     still = Still(compiled, X)
     assert_same(still, net)
@@ -245,7 +245,7 @@ def test_logits_are_float32_or_wider():
 
 
 def test_half_precision_networks_are_not_folded():
-    net = timm.create_model("cifar_resnet8", in_chans=1, width=4).eval().bfloat16()
+    net = timm.create_model("cifar_resnet8", in_chans=1).eval().bfloat16()
     assert folding_pairs(net, X[:1].bfloat16()) == []
 
 

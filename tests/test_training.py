@@ -18,7 +18,8 @@ from children import start
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advdpnp.attacks import PGD
+from advdpnp.attacks import CW, FGSM, PGD
+from advdpnp.autoattack import AutoAttack
 from advdpnp.backbones import cifar_resnet8
 from advdpnp.core import seeded
 from advdpnp.data import Dataset, load_dataset
@@ -119,6 +120,8 @@ def test_killed_at_every_write(digits, tmp_path, monkeypatch):
     "What is on disk when a file is about to take its place, for every file: from there a run ends as if nothing was."
     config = make_config("standard", "quick", 1, "cpu", epochs=2, lr=2.0, **TINY)  # the first epoch is the best
     monkeypatch.setattr("advdpnp.runs.load_dataset", lambda *where: digits)  # reading it anew takes as long as the run
+    attacks = [FGSM(0.2), PGD(0.2), CW(0.2, steps=5), AutoAttack(0.2, steps=2, targets=1, queries=5)]
+    monkeypatch.setattr("advdpnp.runs.attacks_of", lambda config: attacks)
     ledger = lambda folder: Ledger(folder, device="cpu", quiet=True)
     move, moments = os.replace, []
 
@@ -399,6 +402,7 @@ def test_a_network_that_changes_its_way_of_computing_is_not_attacked_as_another(
         t.step(*next(t.loader.epoch(0)))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_a_network_that_cannot_be_copied_is_attacked_itself(few, monkeypatch):
     backbone, craft, modes = grouped(), AdvDPNP.craft, []
     backbone[3] = nn.utils.weight_norm(backbone[3])  # its weight is computed, and is no parameter
