@@ -3,7 +3,6 @@ import ast
 import functools
 import hashlib
 import inspect
-import os
 import warnings
 from pathlib import Path
 
