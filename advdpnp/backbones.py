@@ -77,7 +77,7 @@ def cifar_resnet18(pretrained=False, **kwargs) -> CifarResNet:
     "ResNet-18 for 32x32 images: 11,173,962 parameters with a 10-way layer, 512 features."
     return build_model_with_cfg(CifarResNet, "cifar_resnet18", pretrained, **kwargs)
 
-# %% ../nbs/94_backbones.ipynb #9d990bf5
+# %% ../nbs/94_backbones.ipynb #18aa97ca
 def _resnet8(name, width, pretrained, **kwargs):
     "Three stages of one block, `width`, 2 `width` and 4 `width` channels."
     return build_model_with_cfg(CifarResNet, name, pretrained, layers=(1, 1, 1),
@@ -86,7 +86,7 @@ def _resnet8(name, width, pretrained, **kwargs):
 
 @register_model
 def cifar_resnet8(pretrained=False, width=16, **kwargs) -> CifarResNet:
-    "ResNet-8: three stages of one block, `width`, 2 `width` and 4 `width` channels; on CPUs not below 16 (oneDNN 6035)."
+    "ResNet-8: three stages of one block, `width`, 2 `width` and 4 `width` channels; 16 or more on CPUs (oneDNN 6035)."
     return _resnet8("cifar_resnet8", width, pretrained, **kwargs)
 
 
