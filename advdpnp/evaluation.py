@@ -8,7 +8,7 @@ __all__ = ['wilson', 'standard_attacks', 'described', 'percent', 'accuracy', 'wo
            'survivors', 'attacked', 'metrics_of', 'trusted', 'checked', 'evaluate', 'accuracy_table', 'check_table',
            'report', 'budget_text', 'robustbench_info']
 
-# %% ../nbs/60_evaluation.ipynb #a19e112f
+# %% ../nbs/60_evaluation.ipynb #f7b4265b
 import dataclasses
 import hashlib
 import json
@@ -25,7 +25,7 @@ from torch import nn
 from .attacks import CW, FGSM, PGD, PrototypePGD, all_logits, check_labels, margin, robust_to
 from .core import one_of, read_json, write_json
 from .data import Dataset, Loader
-from .still import device_of, full_precision, held_still, logits_of
+from .still import device_of, full_precision, held_still
 
 # %% ../nbs/60_evaluation.ipynb #90deafdd
 def wilson(

@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'R
            'chosen_by', 'attacked_epoch', 'attacked', 'first_images', 'under_corruptions', 'shape_of_features',
            'tradeoff', 'identity', 'seconds_left', 'other_machines', 'status', 'end_with', 'do_step', 'share_work']
 
-# %% ../nbs/70_runs.ipynb #d61056ad
+# %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 
 import advdpnp
 from .attacks import PGD, ThreatModel, correct, robust_to
-from .core import claim_folder, cores, differing, has_fast_bf16, one_of, own_randomness, pick_device, read_json
+from .core import claim_folder, cores, has_fast_bf16, one_of, own_randomness, pick_device, read_json
 from .core import write_json
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, is_path, load_dataset

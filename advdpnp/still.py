@@ -225,7 +225,7 @@ def fold(
     spread = (before - before.mean(1, keepdim=True)).abs().max()
     return bool((after - before).abs().max() <= 1e-4 * spread)
 
-# %% ../nbs/96_still.ipynb #085cd142
+# %% ../nbs/96_still.ipynb #b80d6e6c
 @torch.no_grad()
 def shake(
     model: nn.Module,  # changed in place
@@ -250,11 +250,13 @@ def folded_copy(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("attacks need gradients, and torch.inference_mode forbids them: expected torch.no_grad, "
                            "or neither")
-    if pairs := folding_pairs(copied, x[:1]):
-        trial = frozen_copy(model)
-        shake(trial, pairs)
-        if fold(trial, pairs, x[:8]) and fold(copied, pairs, x[:8]):
-            return copied, pairs
+    pairs = folding_pairs(copied, x[:1])
+    if not pairs:
+        return copied, []
+    trial = frozen_copy(model)
+    shake(trial, pairs)
+    if fold(trial, pairs, x[:8]) and fold(copied, pairs, x[:8]):
+        return copied, pairs
     return frozen_copy(model), []
 
 # %% ../nbs/96_still.ipynb #8c478a65
