@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ThreatModel', 'per_image', 'gradient_of', 'Ascent', 'on_logits', 'ascend', 'cross_entropy', 'margin', 'Draws',
-           'check_images', 'check_labels', 'Attack', 'PGD', 'climb_until_broken', 'FGSM', 'CW', 'prototype_distances',
-           'PrototypePGD', 'as_given', 'all_logits', 'correct', 'check_inside', 'broken_by', 'attack_bar', 'counted',
-           'robust_to']
+           'check_images', 'check_labels', 'Attack', 'PGD', 'misclassified', 'goes_on_with', 'Found',
+           'climb_until_broken', 'FGSM', 'CW', 'prototype_distances', 'PrototypePGD', 'as_given', 'all_logits',
+           'correct', 'check_inside', 'broken_by', 'attack_bar', 'counted', 'robust_to']
 
 # %% ../nbs/30_attacks.ipynb #35588097
 import math
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import ATTACK_BAR, close_bar, one_of, own_randomness, progress_bar, seed_of
-from .still import full_precision, held_still, logits_of, Still
+from .still import Still, fast_search, full_precision, held_still, logits_of
 
 # %% ../nbs/30_attacks.ipynb #4b58f027
 @dataclass(frozen=True)
@@ -325,43 +325,106 @@ def perturb(self: PGD, still, x, y, draws):
                 x_adv = torch.where(per_image(still(found).argmax(1) != y), found, x_adv)
     return x_adv
 
+# %% ../nbs/30_attacks.ipynb #4e2b9ec8
+def misclassified(
+    model,  # a `Still`, or any function of images
+    x: torch.Tensor,  # (B, C, H, W)
+    y: torch.Tensor,  # (B,)
+) -> torch.Tensor:  # (B,) bool
+    "Which images are misclassified: of a `Still`, by the model as it was given; in true float32."
+    with torch.no_grad(), full_precision():
+        return (model.unfolded() if isinstance(model, Still) else model)(x).argmax(1) != y
+
+# %% ../nbs/30_attacks.ipynb #09e20c56
+def goes_on_with(
+    left: int,  # images that are not broken
+    now: int,  # images in the batch
+    device: torch.device,
+) -> int:  # left to now
+    "How large the next batch is: on a GPU a power of two, on a CPU what is left, once an eighth of it is broken."
+    if device.type == "cuda":
+        return min(now, max(32, 2 ** math.ceil(math.log2(max(left, 1)))))
+    return left if left <= 7 / 8 * now else now
+
+# %% ../nbs/30_attacks.ipynb #2411ddfa
+class Found:
+    "What a search has found: an adversarial image wherever there is one, elsewhere the image itself."
+
+    def __init__(
+        self,
+        model,  # a `Still`, or any function of images
+        x: torch.Tensor,  # (B, C, H, W), correctly classified
+        y: torch.Tensor,  # (B,)
+    ):
+        self.model, self.images = model, x.clone()
+        self.broken = torch.zeros_like(y, dtype=torch.bool)
+        self.restart()
+
+    def restart(self):
+        "Work on all images that are not broken; their places (rows,)."
+        self.index = (~self.broken).nonzero()[:, 0]
+        self.over, self.left = torch.zeros_like(self.index, dtype=torch.bool), len(self.index)
+        return self.index
+
+# %% ../nbs/30_attacks.ipynb #dc995887
+@patch
+def note(
+    self: Found,
+    z: torch.Tensor,  # (rows, C, H, W), allowed images
+    y: torch.Tensor,  # (rows,)
+    wrong: torch.Tensor,  # (rows,) bool: what looks broken
+):
+    "Keep those of `z` that are broken."
+    rows = (wrong & ~self.over).nonzero()[:, 0]
+    if len(rows):
+        rows = rows[misclassified(self.model, z[rows], y[rows])]
+        self.images[self.index[rows]], self.broken[self.index[rows]] = z[rows], True
+        self.over[rows] = True
+        self.left -= len(rows)
+
+
+@patch
+def shrink(
+    self: Found,
+):  # (fewer rows,): places in the batch, or None to go on with all of it
+    "Drop broken images, if it is time to; a few may be left to fill the batch up."
+    size = goes_on_with(self.left, len(self.index), self.index.device)
+    if size == len(self.index):
+        return None
+    rows = self.over.int().argsort(stable=True)[:size]
+    self.index, self.over = self.index[rows], self.over[rows]
+    return rows
+
 # %% ../nbs/30_attacks.ipynb #eb665ebf
 def climb_until_broken(
     ascent: Ascent,
+    found: Found,  # of the same images
     threat: ThreatModel,
     step_size: float,
     steps: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (B, C, H, W): the first misclassified iterate, or x; (B,) bool: broken
+):
     "Follow each image until it is misclassified."
-    found, index = ascent.x.clone(), torch.arange(len(ascent.y), device=ascent.y.device)
-    broken = torch.zeros_like(index, dtype=torch.bool)
     for step in range(steps + 1):
         logits, _ = ascent.look(gradient=step < steps)
-        new = (logits.argmax(1) != ascent.y) & ~broken[index]
-        found[index[new]], broken[index[new]] = ascent.x_adv[new], True
-        left = int((~broken[index]).sum())
-        if left == 0 or step == steps:
+        found.note(ascent.x_adv, ascent.y, logits.argmax(1) != ascent.y)
+        if found.left == 0 or step == steps:
             break
-        if left <= 7 / 8 * len(index):
-            rows = ~broken[index]
+        if (rows := found.shrink()) is not None:
             ascent.keep(rows)
-            index = index[rows]
         ascent.step(threat, step_size)
-    return found, broken
 
 
 @patch
 def search(self: PGD, still, x, y, draws):
     "An adversarial image wherever one is met on the way, elsewhere the image itself; input is not checked."
-    found, left = x.clone(), torch.arange(len(x), device=x.device)
+    found = Found(still, x, y)
     for start, objective in self.starts(x, draws):
-        ascent = Ascent(still, objective, x[left], y[left], start[left])
-        images, broken = climb_until_broken(ascent, self.threat, self.step_size, self.steps)
-        found[left[broken]] = images[broken]
-        left = left[~broken]
-        if len(left) == 0:
+        rows = found.restart()
+        ascent = Ascent(still, objective, x[rows], y[rows], start[rows])
+        climb_until_broken(ascent, found, self.threat, self.step_size, self.steps)
+        if found.left == 0:
             break
-    return found
+    return found.images
 
 # %% ../nbs/30_attacks.ipynb #e142450a
 @dataclass(frozen=True)
@@ -472,7 +535,7 @@ def broken_by(
 ) -> torch.Tensor:  # (B,) bool, on the CPU
     "Which images an attack breaks."
     seed = seed_of(draws.seed, int(draws.index[0]), 5)
-    with own_randomness(x.device, seed):
+    with own_randomness(x.device, seed), fast_search(x.device):
         x_adv = attack.search(still, x, y, draws) if hasattr(attack, "search") else attack(still, x, y)
     check_inside(x_adv, x, attack)
     moved = (x_adv != x).flatten(1).any(1)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Rows', 'Search', 'SearchAttack', 'checkpoints', 'APGDSearch', 'APGD', 'lead_of', 'targeted_dlr', 'likely_targets',
            'Targeted', 'APGDT', 'time_to_gain', 'onto_hyperplane', 'FABSearch', 'FABT', 'square_side', 'Window',
-           'place_window', 'Proposal', 'draw_proposal', 'push_square', 'pyramid', 'bump', 'budget_of', 'move_budget',
-           'stripes', 'tiling', 'filled_up', 'SquareSearch', 'Square', 'AutoAttack']
+           'place_window', 'Proposal', 'draw_proposal', 'on_device', 'push_square', 'pyramid', 'bump', 'budget_of',
+           'move_budget', 'stripes', 'tiling', 'filled_up', 'SquareSearch', 'Square', 'AutoAttack']
 
 # %% ../nbs/62_autoattack.ipynb #e8fb86ec
 import functools
@@ -19,7 +19,8 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 
-from .attacks import Attack, ThreatModel, cross_entropy, gradient_of, margin, per_image
+from .attacks import Attack, Found, ThreatModel, cross_entropy, goes_on_with, gradient_of, margin
+from .attacks import misclassified, per_image
 
 # %% ../nbs/62_autoattack.ipynb #3d967990
 class Rows(SimpleNamespace):
@@ -27,7 +28,7 @@ class Rows(SimpleNamespace):
 
     def keep(
         self,
-        rows: torch.Tensor,  # (B,) bool
+        rows: torch.Tensor,  # places (fewer,), or (B,) bool
     ):
         "Drop the other rows from every tensor."
         vars(self).update({name: value[rows] for name, value in vars(self).items()})
@@ -44,29 +45,23 @@ class Search:
         threat: ThreatModel,
         **more,  # further tensors with one row for each image; `z` is where the search begins
     ):
-        self.still, self.threat = still, threat
-        self.found, self.broken = x.clone(), torch.zeros_like(y, dtype=torch.bool)
-        index = torch.arange(len(x), device=x.device)
-        self.rows = Rows(**dict(index=index, x=x, y=y, z=x, broken=self.broken.clone()) | more)
+        self.still, self.threat, self.found = still, threat, Found(still, x, y)
+        self.rows = Rows(**dict(x=x, y=y, z=x) | more)
 
     def __len__(self):
-        "How many rows are worked on."
-        return len(self.rows.index)
+        "How many images are left to break."
+        return self.found.left
 
 # %% ../nbs/62_autoattack.ipynb #d264fe9a
 @patch
 def note(
     self: Search,
-    wrong: torch.Tensor,  # (rows,) bool: where z is an allowed image that is misclassified
+    wrong: torch.Tensor,  # (rows,) bool: where z is an allowed image that looks misclassified
 ):
-    "Keep the first adversarial image of each row, and drop broken rows when they are an eighth of the batch."
-    r = self.rows
-    new = wrong & ~r.broken
-    if new.any():
-        self.found[r.index[new]], self.broken[r.index[new]] = r.z[new], True
-        r.broken = r.broken | new
-        if 8 * r.broken.sum() >= len(new):
-            r.keep(~r.broken)
+    "Keep the first adversarial image of each row, and drop broken rows if it is time to."
+    self.found.note(self.rows.z, self.rows.y, wrong)
+    if (rows := self.found.shrink()) is not None:
+        self.rows.keep(rows)
 
 # %% ../nbs/62_autoattack.ipynb #1e53953d
 @dataclass(frozen=True)
@@ -209,7 +204,7 @@ class APGD(SearchAttack):
         "An adversarial image wherever one is found; input is not checked, and must be classified correctly."
         loss = lambda logits, rows: cross_entropy(logits, rows.y)
         start = draws.start(self.threat, x, 0)
-        return APGDSearch(still, x, y, self.threat, loss, start).run(self.steps).found
+        return APGDSearch(still, x, y, self.threat, loss, start).run(self.steps).found.images
 
 # %% ../nbs/62_autoattack.ipynb #28e75037
 def lead_of(
@@ -266,7 +261,7 @@ def side_by_side(
     "Try some targets in one batch."
     repeated = x.repeat(len(targets), 1, 1, 1), y.repeat(len(targets)), targets.flatten()
     search = self.towards(still, *repeated, starts.flatten(0, 1))
-    broken, found = search.broken.view(targets.shape), search.found.view(starts.shape)
+    broken, found = search.found.broken.view(targets.shape), search.found.images.view(starts.shape)
     first = broken.int().argmax(0)  # the likeliest target that breaks an image
     return found[first, torch.arange(len(x), device=x.device)], broken.any(0)
 
@@ -470,6 +465,16 @@ def draw_proposal(
     return Proposal(to, signs) if norm == "linf" else Proposal(to, signs, taken, draw[4] < 0.5)
 
 # %% ../nbs/62_autoattack.ipynb #ce763256
+@functools.cache
+def on_device(
+    signs: tuple,  # 1.0 or -1.0 for each channel
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:  # (C, 1, 1)
+    "Signs as a tensor."
+    return torch.tensor(signs, dtype=dtype, device=device).view(-1, 1, 1)
+
+
 def push_square(
     z: torch.Tensor,  # (B, C, H, W): the images now
     x: torch.Tensor,  # (B, C, H, W): the clean images
@@ -478,7 +483,7 @@ def push_square(
 ) -> torch.Tensor:  # (B, C, H, W)
     "Push one square to an edge of the linf ball."
     here = proposal.to.pixels
-    push = 2 * threat.eps * z.new_tensor(proposal.signs).view(-1, 1, 1)
+    push = 2 * threat.eps * on_device(proposal.signs, z.dtype, z.device)
     z = z.clone()
     z[here] = threat.project(z[here] + push, x[here])
     return z
@@ -499,10 +504,12 @@ def pyramid(
 def bump(
     side: int,
     flat: bool,  # halves one above the other instead of side by side
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = torch.device("cpu"),
 ) -> torch.Tensor:  # (side, side), of length 1
     "Two pyramids of opposite sign."
     both = torch.cat([pyramid(side // 2, side), -pyramid(side - side // 2, side)])
-    both = both / both.norm()
+    both = (both / both.norm()).to(device, dtype)
     return both if flat else both.T
 
 # %% ../nbs/62_autoattack.ipynb #e5cfad17
@@ -528,7 +535,8 @@ def move_budget(
     to, taken, delta = proposal.to.pixels, proposal.taken.pixels, z - x
     budget = budget_of(delta, proposal, threat.eps)
     length = lambda v: v.square().sum((2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-    new = delta.new_tensor(proposal.signs).view(-1, 1, 1) * bump(proposal.to.side, proposal.flat).to(delta)
+    here = delta.dtype, delta.device
+    new = on_device(proposal.signs, *here) * bump(proposal.to.side, proposal.flat, *here)
     new = new + delta[to] / length(delta[to])
     delta[taken] = 0
     delta[to] = new / length(new) * budget
@@ -559,16 +567,18 @@ def tiling(
     for row in range(rows):
         for column in range(columns):
             sign = 2 * signs[:, :, row, column, None, None] - 1
-            delta[Window(tile, row * tile, column * tile).pixels] = sign * bump(tile, (row + column) % 2 == 0).to(x)
+            upright = bump(tile, (row + column) % 2 == 0, x.dtype, x.device)
+            delta[Window(tile, row * tile, column * tile).pixels] = sign * upright
     return (x + threat.eps * delta / per_image(threat.length(delta))).clamp(0, 1)
 
 # %% ../nbs/62_autoattack.ipynb #f98b0856
 def filled_up(
     rows: torch.Tensor,  # (B,) bool
-) -> torch.Tensor:  # indices
-    "The true rows, and a few others, so that their number is a multiple of an eighth of all."
+) -> torch.Tensor:  # places
+    "The true rows, and a few others, so that the number of different batch sizes is small."
     wanted, eighth = int(rows.sum()), math.ceil(len(rows) / 8)
-    return rows.int().argsort(descending=True, stable=True)[: math.ceil(wanted / eighth) * eighth]
+    size = goes_on_with(wanted, len(rows), rows.device) if rows.is_cuda else math.ceil(wanted / eighth) * eighth
+    return rows.int().argsort(descending=True, stable=True)[: size if wanted else 0]
 
 # %% ../nbs/62_autoattack.ipynb #2215b01b
 class SquareSearch(Search):
@@ -589,16 +599,18 @@ def query(
     proposal: Proposal,
 ):
     "Propose a change to every image, and keep it where the margin rises."
-    r = self.rows
+    r, here = self.rows, proposal.to.pixels if proposal.taken is None else ...  # in l2 all pixels change
     z = self.change(r.z, r.x, self.threat, proposal)
-    unknown = ~r.broken & (z != r.z).flatten(1).any(1) & (r.changed >= self.asked.get(proposal, 0))
+    new = (z[here] != r.z[here]).flatten(1).any(1) & (r.changed >= self.asked.get(proposal, 0))
+    unknown = new & ~self.found.over
     self.asked[proposal] = number
     ask = filled_up(unknown)
     if len(ask):
         lead = margin(self.still(z[ask]), r.y[ask])
         better = unknown[ask] & (lead > r.margin[ask])
-        yes = ask[better]
-        r.z[yes], r.margin[yes], r.changed[yes] = z[yes], lead[better], number
+        r.z[ask] = torch.where(per_image(better), z[ask], r.z[ask])
+        r.margin[ask] = torch.where(better, lead, r.margin[ask])
+        r.changed[ask] = torch.where(better, number, r.changed[ask])
         self.note(r.margin > 0)
 
 # %% ../nbs/62_autoattack.ipynb #d0083bf1
@@ -626,7 +638,7 @@ class Square(SearchAttack):
                 break
             side = square_side(number, *shape[1:], self.norm)
             search.query(number, draw_proposal(draw, side, shape, self.norm))
-        return search.found
+        return search.found.images
 
 # %% ../nbs/62_autoattack.ipynb #febe1631
 @dataclass(frozen=True)
@@ -652,6 +664,5 @@ class AutoAttack(SearchAttack):
         for attack in self.stages:
             if len(left):
                 x_adv[left] = attack.search(still, x[left], y[left], draws.take(left))
-                with torch.no_grad():
-                    left = left[still(x_adv[left]).argmax(1) == y[left]]
+                left = left[~misclassified(still, x_adv[left], y[left])]
         return x_adv

@@ -14,8 +14,9 @@ from pyautoattack.square import SquareAttack
 from timm.models.convmixer import ConvMixer
 from torch import nn
 
-from advdpnp.attacks import PGD, Draws, ThreatModel, correct, cross_entropy, margin, robust_to
-from advdpnp.autoattack import APGD, APGDT, FABT, APGDSearch, AutoAttack, Search, Square, draw_proposal, onto_hyperplane
+import advdpnp.attacks
+from advdpnp.attacks import CW, PGD, Draws, ThreatModel, correct, cross_entropy, goes_on_with, margin, robust_to
+from advdpnp.autoattack import APGD, APGDT, FABT, APGDSearch, AutoAttack, Square, draw_proposal, onto_hyperplane
 from advdpnp.autoattack import push_square, square_side, stripes, targeted_dlr
 from advdpnp.core import seeded
 from advdpnp.data import Loader
@@ -33,6 +34,16 @@ def mixer(digits):
     torch.manual_seed(0)
     backbone = ConvMixer(dim=32, depth=3, kernel_size=3, patch_size=2, in_chans=1, num_classes=0)
     net = LinearNet(backbone, 10, digits.mean, digits.std)
+    Trainer(net, METHODS["PGD-AT"](eps=EPS, steps=2), digits, epochs=5, batch_size=64, lr=0.1, padding=0, val_size=200,
+            val_attack=PGD(EPS, steps=2), device="cpu", quiet=True).fit()
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def linear(digits):
+    "A ResNet with a linear layer, defended."
+    torch.manual_seed(0)
+    net = LinearNet("cifar_resnet8", 10, digits.mean, digits.std)
     Trainer(net, METHODS["PGD-AT"](eps=EPS, steps=2), digits, epochs=5, batch_size=64, lr=0.1, padding=0, val_size=200,
             val_attack=PGD(EPS, steps=2), device="cpu", quiet=True).fit()
     return net.eval()
@@ -98,14 +109,14 @@ def test_apgd_from_the_same_start_ends_where_the_official_one_does(net, loader, 
 
     monkeypatch.setattr(APGDSearch, "move", compare_the_first_loss_with_0)
     loss = lambda z, rows: targeted_dlr(z, rows.y, rows.target) if targeted else cross_entropy(z, rows.y)
-    mine = APGDSearch(Still(double), x, y, threat, loss, start, target=target).run(40).rows
+    mine = APGDSearch(Still(double), x, y, threat, loss, start, target=target).run(40)
     make = APGDAttack_targeted if targeted else APGDAttack
     official = make(double, n_iter=40, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0, device="cpu")
     official.init_hyperparam(x)
     official.loss, official.y_target = "dlr-targeted" if targeted else "ce", target
     monkeypatch.setattr(torch, "zeros", functools.partial(torch.zeros, dtype=torch.float64))  # it keeps losses there
     theirs = official.attack_single_run(x, y, x_init=start)[0]
-    index, best = mine.index[~mine.broken], mine.best[~mine.broken]
+    index, best = mine.found.index[~mine.found.over], mine.rows.best[~mine.found.over]
     apart = (best - theirs[index]).abs().amax((1, 2, 3))
     assert len(index) >= 10
     assert (apart < 1e-6).double().mean() >= 0.95, apart
@@ -166,13 +177,60 @@ def test_neither_the_batch_size_nor_when_a_row_leaves_changes_an_image(defended,
     in_sevens = [attack.search(still, x[i], y[i], draws.take(i)) for i in torch.arange(len(x)).split(7)]
     torch.testing.assert_close(torch.cat(in_sevens), found, rtol=0, atol=1e-7)
 
-    def drop_at_once(search, wrong):
-        r, index = search.rows, search.rows.index[wrong]
-        search.found[index], search.broken[index] = r.z[wrong], True
-        r.keep(~wrong)
+    of_a_gpu = functools.partial(goes_on_with, device=torch.device("cuda"))
+    for rule in (lambda left, now, device: left, lambda left, now, device: of_a_gpu(left, now)):
+        monkeypatch.setattr(advdpnp.attacks, "goes_on_with", rule)
+        torch.testing.assert_close(attack.search(still, x, y, draws), found, rtol=0, atol=1e-7)
 
-    monkeypatch.setattr(Search, "note", drop_at_once)
-    torch.testing.assert_close(attack.search(still, x, y, draws), found, rtol=0, atol=1e-7)
+
+def in_ten_bits(x):
+    "As TF32 rounds float32; gradients pass."
+    rounded = ((x.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return x + (rounded - x).detach()
+
+
+def rounded_copy(net, x):
+    "What a GPU searches on: the factors of every product of the copy are rounded."
+    still = Still(net, x)
+    for module in still.copy.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.weight.copy_(in_ten_bits(module.weight))
+            module.register_forward_pre_hook(lambda _, inputs: (in_ten_bits(inputs[0]),))
+    return still
+
+
+@pytest.mark.parametrize("net, eps", [("undefended", 0.05), ("defended", EPS), ("linear", EPS), ("mixer", EPS)],
+                         indirect=["net"])
+@torch.no_grad()
+def test_a_search_in_ten_bits_breaks_as_many_images_and_only_such_as_are_broken(net, digits, eps):
+    many = Loader(digits.x_test[:60], digits.y_test[:60], 60)
+    right = correct(net, many)
+    x, y = many.take(right.nonzero()[:, 0])
+    assert (rounded_copy(net, x)(x) - net(x)).abs().max() > 1e-4  # it does round
+    for attack in (PGD(eps), CW(eps, steps=40), APGD(eps, steps=20), APGDT(eps, steps=10, targets=3),
+                   FABT(eps, steps=10, targets=3), Square(eps, queries=100)):
+        exact = robust_to(Still(net, x), many, attack, right, quiet=True)
+        rounded = robust_to(rounded_copy(net, x), many, attack, right, quiet=True)
+        assert rounded.sum() <= exact.sum() + 1, attack.name
+        found = attack.search(rounded_copy(net, x), x, y, Draws(0, torch.arange(len(x))))
+        moved = (found != x).flatten(1).any(1)
+        assert moved.any() and (net(found[moved]).argmax(1) != y[moved]).all(), attack.name
+
+
+def test_what_only_the_copy_gets_wrong_goes_on_being_attacked(defended, loader):
+    x, y = loader.take(correct(defended, loader).nonzero()[:20, 0])
+    draws = Draws(0, torch.arange(20))
+    for attack in (PGD(EPS), APGD(EPS, steps=20), Square(EPS, queries=100)):
+        still = Still(defended, x)
+        honest = attack.search(still, x, y, draws)
+        asked = []
+        still.copy.register_forward_hook(lambda _, inputs, logits: (asked.append(len(inputs[0])), logits)[1])
+        logits_of_copy = still.copy.head.forward
+        still.copy.head.forward = lambda features: logits_of_copy(features).roll(1, 1)  # the copy is always wrong
+        found = attack.search(still, x, y, draws)
+        moved = (found != x).flatten(1).any(1)
+        assert not robust(defended, found[moved], y[moved]).any() and len(asked) > 10
+        assert moved.sum() < 20 and not torch.equal(honest, x)
 
 
 def test_square_asks_only_what_it_does_not_know(defended, loader):
