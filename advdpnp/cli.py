@@ -352,6 +352,7 @@ def run_together(
     device: str,
     quiet: bool,
     seconds: float | None,  # None: until done
+    keep_going: bool = False,  # see `Ledger`
 ) -> tuple | None:  # the ledger, and the record or None if time ran out; None in all processes but the first
     "Train a run in all processes that `torchrun` has started, and measure it in the first."
     from advdpnp.parallel import share, together, wait_for_all
@@ -361,7 +362,7 @@ def run_together(
     left = lambda: None if deadline is None else max(0.0, deadline - time.time())
     with together(device) as place:
         rank = share()[0]
-        ledger = Ledger(data_dir, place, quiet or rank > 0)
+        ledger = Ledger(data_dir, place, quiet or rank > 0, keep_going=keep_going)
         if not ledger.trained(config):
             if rank == 0:
                 ledger.dataset(config)  # downloaded once
@@ -378,6 +379,7 @@ _Settings = Annotated[Optional[list[str]], typer.Option(
     "--set", help="key=value, such as lr=0.05 or beta=3; may be given again.")]
 _TrainedOn = Annotated[Optional[str], typer.Option(
     help="digits, cifar10, cifar100, svhn, or an archive in --data-dir. Default: the preset's.")]
+_KeepGoing = Annotated[bool, typer.Option("--keep-going", help="Train on though three epochs have taught nothing.")]
 _RunSeed = Annotated[int, typer.Option(help="Of the first weights, batches and random starts.", min=0)]
 
 # %% ../nbs/78_cli.ipynb #72e463e6
@@ -387,8 +389,8 @@ _RunSeed = Annotated[int, typer.Option(help="Of the first weights, batches and r
     "torchrun --nproc_per_node=2 -m advdpnp train Adv-DPNP --preset paper"))
 def train(
     method: _Method, preset: _Preset = "auto", dataset: _TrainedOn = None, seed: _RunSeed = 0,
-    settings: _Settings = None, time_limit: _TimeLimit = None, device: _Device = "auto",
-    data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
+    settings: _Settings = None, time_limit: _TimeLimit = None, keep_going: _KeepGoing = False,
+    device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
 ):
     "Train one method and measure it; interrupted, the same command goes on."
     from advdpnp.evaluation import report
@@ -397,7 +399,8 @@ def train(
     with plain_errors():
         changes = parse_settings(settings or []) | ({"dataset": dataset} if dataset else {})
         config = make_config(method, preset, seed, device, **changes)
-        done = run_together(config, data_dir, device, quiet, parse_time(time_limit) if time_limit else None)
+        seconds = parse_time(time_limit) if time_limit else None
+        done = run_together(config, data_dir, device, quiet, seconds, keep_going)
     if done is None:
         return  # not the first process
     ledger, record = done

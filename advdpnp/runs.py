@@ -401,9 +401,10 @@ class Ledger:
         device="auto",
         quiet: bool = False,  # no progress bars
         use_results: bool = False,  # runs that have a record in `<data_dir>/results` count as finished, see `kept`
+        keep_going: bool = False,  # train on though nothing is learnt, see `Trainer`
     ):
         self.data_dir, self.device, self.quiet = Path(data_dir), pick_device(device), quiet
-        self.use_results, self._datasets, self._kept = use_results, {}, {}
+        self.use_results, self.keep_going, self._datasets, self._kept = use_results, keep_going, {}, {}
 
 # %% ../nbs/70_runs.ipynb #8fb86b13
 @patch
@@ -465,7 +466,8 @@ def trainer(self: Ledger, config):
             "seed")
     return Trainer(self.net(config), from_flat(method_of(config["method"]), config), self.dataset(config),
                    **{key: config[key] for key in keys}, val_attack=PGD(config["eps"], steps=10), device=self.device,
-                   folder=self.folder(config), config={"run": config}, quiet=self.quiet, name=title(config))
+                   folder=self.folder(config), config={"run": config}, keep_going=self.keep_going, quiet=self.quiet,
+                   name=title(config))
 
 # %% ../nbs/70_runs.ipynb #f0f9d7ed
 @patch

@@ -17,7 +17,9 @@ import torch
 from children import start
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import advdpnp.training
 from advdpnp.attacks import CW, FGSM, PGD
 from advdpnp.autoattack import AutoAttack
 from advdpnp.backbones import cifar_resnet8
@@ -27,7 +29,7 @@ from advdpnp.methods import METHODS, PGDAT, AdvDPNP, Standard, make_net
 from advdpnp.prototypes import LinearNet, PrototypeNet
 from advdpnp.runs import Ledger, config_hash, do_step, make_config
 from advdpnp.still import Still, frozen_copy
-from advdpnp.training import Step, Trainer, load_state, perturbed
+from advdpnp.training import Recorded, Step, Trainer, Watched, load_state, perturbed
 
 TINY = dict(train_images=200, val_size=50, test_images=20, autoattack_images=1, check_images=5)
 CONFIG = make_config("Adv-DPNP", "quick", device="cpu", epochs=5, steps=1, **TINY)
@@ -307,33 +309,161 @@ def test_timms_loader_of_a_folder_of_images(tmp_path):
 
 
 class Operations(TorchDispatchMode):
-    "Inside, writes down every operation."
+    "Inside, writes down every operation, and where the tensors are that come from outside."
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.made = [], []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.seen.append(operation)
-        return operation(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        inside = {tensor.untyped_storage().data_ptr() for tensor in self.made}
+        result = operation(*args, **(kwargs or {}))
+        outside = [tensor.data_ptr() for tensor in given if tensor.untyped_storage().data_ptr() not in inside]
+        self.seen.append((operation, *outside))
+        self.made += [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)
+                      and leaf.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in given}]
+        return result
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_draws_nothing_reads_nothing_and_does_the_same_every_time(batch, few, method):
+def test_a_step_draws_nothing_reads_nothing_and_does_the_same_at_the_same_places_every_time(batch, few, method):
     cls, (x, y) = METHODS[method], batch
     torch.manual_seed(0)
     net, method = make_net(method, small(), 10, few.mean, few.std), cls(**dict(steps=2) if cls.adversarial else {})
     step, noise, state, seen = Step(net, method, x), method.draw(x, seeded("cpu", 0)), torch.get_rng_state(), []
-    places = {name: tensor.data_ptr() for name, tensor in step.still.static.items()} if cls.adversarial else {}
-    for _ in range(3):
-        with Operations() as operations:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(4):
+        with Operations() as operations, Watched() as watched:
             step(x, y, noise)
         seen.append(operations.seen)
-    assert len(seen[0]) > 100 and seen[1] == seen[2]
-    assert not any(torch.Tag.nondeterministic_seeded in operation.tags for operation in seen[1])
-    assert torch.ops.aten._local_scalar_dense.default not in seen[1]
+        assert watched.why is None
+        optimizer.step()
+    assert len(seen[0]) > 100 and seen[1] == seen[2] == seen[3]
+    assert len({place for _, *places in seen[1] for place in places}) > 30  # parameters, buffers, and those of the copy
     assert torch.equal(torch.get_rng_state(), state)
-    assert places == ({name: tensor.data_ptr() for name, tensor in step.still.static.items()} if places else {})
+
+
+def replace_graphs(monkeypatch):
+    "In place of a graph: a recording does again what it was given, on the same tensors. Counts how often it does."
+    replayed = []
+    monkeypatch.setattr(advdpnp.training, "has_graphs", lambda device: True)
+    monkeypatch.setattr(advdpnp.training, "aside", lambda run: run())
+    monkeypatch.setattr(advdpnp.training, "record", lambda run, parameters: lambda: (replayed.append(1), run())[1])
+    monkeypatch.setattr(Still, "compile_copy", lambda still, x: None)
+    return replayed
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    return replace_graphs(monkeypatch)
+
+
+def without_seconds(trainer):
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in trainer.history]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_replayed_run_is_the_plain_run_to_the_bit(few, tmp_path, monkeypatch, method):
+    "Weights, averages, metrics and crafted images, over 20 steps with changing rates and across an interruption."
+    cls, crafted = METHODS[method], []
+    craft = cls.craft
+    monkeypatch.setattr(cls, "craft", lambda *args: (crafted.append(craft(*args).clone()), crafted[-1])[1])
+
+    def start(folder=None):
+        torch.manual_seed(0)
+        net = make_net(method, small(), 10, few.mean, few.std)
+        settings = dict(eps=0.2, steps=1) if cls.adversarial else {}
+        return Trainer(net, cls(**settings), few, folder=folder, device="cpu", quiet=True, epochs=4, batch_size=32,
+                       val_size=40, val_attack=PGD(0.2, steps=1), ema=0.9, keep_going=True)
+
+    plain = start()
+    assert plain.fit() and plain.one_step.why == "a cpu runs it as it is" and len(crafted) == 20
+    images, crafted[:] = [*crafted], []
+    replayed = replace_graphs(monkeypatch)
+    interrupted = start(tmp_path / "run")
+    interrupted._late = lambda deadline: (interrupted.epoch, interrupted.batch) == (1, 4)
+    assert not interrupted.fit() and len(replayed) == 9 - Recorded.first
+    resumed = start(tmp_path / "run")
+    assert resumed.fit() and len(replayed) == 20 - 2 * Recorded.first
+    assert without_seconds(resumed) == without_seconds(plain)
+    for which in ("best", "last"):
+        assert same_weights(plain.weights(which), resumed.weights(which))
+    assert same_weights(plain.net.state_dict(), resumed.net.state_dict())
+    assert len(crafted) == 20 and all(torch.equal(one, other) for one, other in zip(images, crafted))
+
+
+class Forgetful(nn.BatchNorm2d):
+    "Averages over all batches: it reads how many there were."
+
+    def __init__(self, channels):
+        super().__init__(channels, momentum=None)
+
+
+@pytest.mark.parametrize("part, why", [
+    (nn.Dropout(0.1), "draws random numbers"),
+    (Forgetful(16), "reads numbers"),
+    (nn.Identity(), None),
+], ids=["dropout", "batch-norm without momentum", "plain"])
+def test_a_step_that_draws_or_reads_is_run_as_it_is(few, stand_in, part, why):
+    backbone = nn.Sequential(nn.Conv2d(1, 16, 3), part, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone.num_features = 16
+    t = trainer(few, backbone=backbone)
+    assert t.fit()
+    assert (why in t.one_step.why and not stand_in) if why else (t.one_step.why is None and len(stand_in) == 7)
+
+
+def test_perturbed_weights_an_odd_batch_and_replaced_tensors_are_not_replayed(few, stand_in):
+    t = trainer(few, awp=0.01)
+    assert t.fit() and "perturbed" in t.one_step.why and not stand_in
+    t = trainer(few)
+    batches = [*t.loader.epoch(0)]
+    for x, y in batches[:4]:
+        t.step(x, y)
+    assert len(stand_in) == 1
+    t.step(batches[4][0][:20], batches[4][1][:20])
+    assert len(stand_in) == 1  # as it is
+    t.step(*batches[4])
+    assert len(stand_in) == 2
+    first, layer = t.one_step.again, t.net.backbone.conv1
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    t.step(*batches[4])
+    assert t.one_step.again is not first and len(stand_in) == 3  # recorded anew, at the new places
+
+
+def test_a_recording_that_fails_costs_a_warning(few, stand_in, monkeypatch):
+    def fail(run, parameters):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(advdpnp.training, "record", fail)
+    t = trainer(few)
+    with pytest.warns(UserWarning, match="run as it is, which is slower: recording failed .operation not permitted"):
+        assert t.fit()
+    assert not stand_in
+
+
+@pytest.mark.filterwarnings("ignore:torch.compile does not work here")
+def test_a_copy_is_compiled_where_that_works_and_follows_its_network(few, batch, monkeypatch):
+    (x, _), compiled = batch, torch.compile
+    net = trainer(few).net.eval()
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled(model, dynamic=dynamic, backend="aot_eager"))
+    still = Still(net, x)
+    still.compile_copy(x)
+    assert still.run is not still.copy
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.1)
+    still.refresh()
+    assert still.same_as_model(x) and torch.allclose(still(x), net(x), atol=1e-4)
+    images = PGD(0.2)(still, x, batch[1])
+    torch.testing.assert_close(images, PGD(0.2)(Still(net, x), x, batch[1]), atol=1e-5, rtol=0)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: lambda x: 1 / 0)
+    other = Still(net, x)
+    with pytest.warns(UserWarning, match="torch.compile does not work here, so attacks are slower: division by zero"):
+        other.compile_copy(x)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: lambda x: model(x).flip(1))
+    other.compile_copy(x)
+    assert other.run is other.copy  # a compiler that is wrong is not used
 
 
 def grouped():
@@ -463,6 +593,52 @@ def test_a_gpu_never_waits_inside_an_epoch(digits):
             t.step(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["Adv-DPNP", "TRADES", "standard"])
+def test_a_gpu_replays_what_it_would_do_step_by_step(digits, method, monkeypatch):
+    "Images equal to bfloat16's tolerance, and losses within noise."
+    cls, crafted = METHODS[method], []
+    craft = cls.craft
+
+    def losses(recorded):
+        monkeypatch.setattr(advdpnp.training, "has_graphs", lambda device: recorded)
+        torch.manual_seed(0)
+        net = make_net(method, "cifar_resnet8", 10, digits.mean, digits.std)
+        t = Trainer(net, cls(**dict(eps=0.2, steps=3) if cls.adversarial else {}), digits, epochs=20, batch_size=64,
+                    val_size=200, precision="bf16", device="cuda", quiet=True)
+        found = []
+        for epoch in range(t.epochs):
+            t.epoch, t.batch = epoch, 0
+            for x, y in t.loader.epoch(epoch):
+                found.append(t.step(x, y)["loss"])
+        assert (t.one_step.again is not None) == recorded, t.one_step.why
+        if cls.adversarial:
+            t.one_step.still.refresh()
+            noise = t.method.draw(x, seeded("cuda", 0))
+            crafted.append((craft(t.method, t.one_step.still, x, y, noise),
+                            craft(t.method, Still(frozen_copy(t.net), x), x, y, noise)))
+        return torch.stack(found).cpu()
+
+    plain, replayed = losses(False), losses(True)
+    assert len(plain) > 300
+    assert torch.allclose(plain[:5], replayed[:5], rtol=0.02)
+    assert (plain[-60:].mean() - replayed[-60:].mean()).abs() < 3 * plain[-60:].std() / 60**0.5 + 0.02
+    for fast, exact in crafted:
+        assert ((fast - exact).abs() < 0.02).double().mean() > 0.8
+
+
+def test_a_run_that_learns_nothing_stops_with_a_sentence_and_goes_on_if_asked_to(few, tmp_path):
+    stuck = lambda **more: trainer(few, tmp_path, epochs=4, lr=1e-12, **more)
+    for _ in range(2):  # asked again, it says so again
+        with pytest.raises(RuntimeError, match=r"nothing is learnt: held-out robust accuracy is .* after epoch 3, "
+                                               r"guessing gets 10.0%.*--keep-going"):
+            stuck().fit()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3  # nothing is lost
+    assert stuck(keep_going=True).fit()
+    assert trainer(few, epochs=4, lr=1e-12, method=Standard()).fit()  # robustness is not what it learns
+    assert trainer(few, epochs=4, lr=1e-12, ema=0.999).fit()  # the averages are still the first weights
 
 
 # Extras
