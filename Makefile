@@ -1,5 +1,6 @@
 # make table1                       train, attack and tabulate on the digits; with a GPU: make table1 ARGS='-p preset fast'
 # make numbers PRESET=small MINUTES=9   every table of a preset, as far as nine minutes go; the same command goes on
+#                                       (PACK=folder: puts what it made into a few files, to take along)
 # make test                         everything that must hold
 PYTHON ?= python3
 # Small networks: more threads would cost more than they give, and outputs should not depend on their number.
@@ -13,7 +14,7 @@ table1: .venv/installed
 	@echo data/results/table1.ipynb
 
 numbers: .venv/installed
-	.venv/bin/python -m advdpnp numbers $(or $(PRESET),quick) $(if $(MINUTES),--minutes $(MINUTES))
+	.venv/bin/python -m advdpnp numbers $(or $(PRESET),quick) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PACK),--pack $(PACK))
 
 benchmark: .venv/installed
 	.venv/bin/jupyter nbconvert --to notebook --inplace --execute nbs/benchmark.ipynb

@@ -598,11 +598,13 @@ def work_through(
 # %% ../nbs/78_cli.ipynb #c01dd29f
 _Plan = Annotated[str, typer.Argument(metavar="PRESET", help="quick, small, fast or paper.")]
 _Minutes = Annotated[float, typer.Option(help="Stop in time, with everything saved.", min=0)]
+_Pack = Annotated[Optional[Path], typer.Option(
+    help="Put records, tables and half-precision weights into this folder in the end, in pieces of a tar archive.")]
 _Show = Annotated[bool, typer.Option("--show", help="Only say what would be done.")]
 
 # %% ../nbs/78_cli.ipynb #584aff6a
-@app.command(epilog=examples("advdpnp numbers small --show", "advdpnp numbers small --minutes 9"))
-def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False):
+@app.command(epilog=examples("advdpnp numbers small --show", "advdpnp numbers fast --minutes 9 --pack ~/taken"))
+def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _Pack = None):
     "Make all numbers of a preset, in the root folder of a clone; the same command goes on where it stopped."
     with plain_errors():
         from advdpnp.runs import PLANS
@@ -612,9 +614,14 @@ def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False):
             return typer.echo("\n".join(" ".join(map(str, step)) for step in plan))
         if not Path("nbs/figure1.ipynb").exists():
             raise ValueError(f"there is no nbs/figure1.ipynb in {os.getcwd()}: expected the root folder of a clone")
+        failed = []
         try:
             failed = work_through(plan, preset, 60 * minutes)
         except TimeoutError:
-            return typer.echo("time is up; the same command goes on")
+            typer.echo("time is up; the same command goes on")
+        if pack:
+            from advdpnp import hub
+
+            typer.echo("\n".join(map(str, hub.pack(preset, pack))))
         if failed:
             raise RuntimeError(f"failed: {'; '.join(failed)}. What went wrong is said above")

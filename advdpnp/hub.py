@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'CARD', 'load_weights', 'remeasured', 'in_half', 'rounded_accuracies', 'card_table', 'card',
-           'check_publishable', 'publish']
+           'check_publishable', 'publish', 'Pieces', 'pack']
 
 # %% ../nbs/76_hub.ipynb #7c151a05
+import io
+import tarfile
 from pathlib import Path
 
 import torch
@@ -182,3 +184,57 @@ def publish(
     with replacing(folder / "README.md") as part:
         part.write_text(card(name, ledger.result(config), rounded, sha256))
     return folder
+
+# %% ../nbs/76_hub.ipynb #b5cd78ac
+class Pieces(io.RawIOBase):
+    "A stream that is written into files of limited size: pack-00, pack-01, ..."
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int,  # bytes of a piece, at most
+    ):
+        self.folder, self.size, self.paths, self.room = folder, size, [], 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        "All of the data, in as many pieces as it takes."
+        data = memoryview(data)
+        for begin in iter(lambda: len(data), 0):
+            if not self.room:
+                self.paths.append(self.folder / f"pack-{len(self.paths):02}")
+                self.paths[-1].write_bytes(b"")
+                self.room = self.size
+            with open(self.paths[-1], "ab") as file:
+                written = file.write(data[: self.room])
+            data, self.room = data[written:], self.room - written
+        return len(data)
+
+# %% ../nbs/76_hub.ipynb #30a17cba
+def pack(
+    preset: str,
+    folder,  # new, or empty
+    data_dir="data",
+    size: int = 15 * 2**20,  # bytes of a piece, at most
+) -> list[Path]:  # the pieces
+    "Put records, tables and half-precision weights of a preset into a few files."
+    data, folder = Path(data_dir), Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: expected a new folder")
+    runs = sorted(data.glob(f"runs/*/*-{preset}-s[0-9]*"))
+    small = [path for run in runs for path in sorted([*run.glob("*.json"), run / "metrics.jsonl"]) if path.exists()]
+    results = sorted({*data.glob(f"results/*.{preset}*"), *data.glob("results/benchmark.*.json")})
+    pieces = Pieces(folder, size)
+    with tarfile.open(fileobj=pieces, mode="w|") as archive:
+        for path in [*results, *small]:
+            archive.add(path, path.relative_to(data))
+        for run in runs:
+            if (run / "best.safetensors").exists():
+                weights = save(in_half(load_file(run / "best.safetensors")))
+                member = tarfile.TarInfo(str(run.relative_to(data) / "best.half.safetensors"))
+                member.size = len(weights)
+                archive.addfile(member, io.BytesIO(weights))
+    return pieces.paths
