@@ -217,6 +217,20 @@ def test_a_search_in_ten_bits_breaks_as_many_images_and_only_such_as_are_broken(
         assert moved.any() and (net(found[moved]).argmax(1) != y[moved]).all(), attack.name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("net, eps", [("undefended", 0.05), ("defended", EPS), ("linear", EPS), ("mixer", EPS)],
+                         indirect=["net"])
+def test_a_gpu_breaks_as_many_images_as_a_cpu(net, digits, eps):
+    def survivors(device):
+        many = Loader(digits.x_test[:200], digits.y_test[:200], 200, device=device)
+        right = correct(net.to(device), many)
+        return [int(robust_to(net, many, attack, right, quiet=True).sum())
+                for attack in (PGD(eps), CW(eps), AutoAttack(eps, steps=50, queries=500))]
+
+    for here, there in zip(survivors("cuda"), survivors("cpu")):
+        assert here <= there + 3
+
+
 def test_what_only_the_copy_gets_wrong_goes_on_being_attacked(defended, loader):
     x, y = loader.take(correct(defended, loader).nonzero()[:20, 0])
     draws = Draws(0, torch.arange(20))
