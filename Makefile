@@ -2,12 +2,14 @@
 # make numbers PRESET=small MINUTES=9   every table of a preset, as far as nine minutes go; the same command goes on
 #                                       (PACK=folder: puts what it made into a few files, to take along)
 # make test                         everything that must hold
+# make lab                          JupyterLab on the notebooks
+# make docs                         the site: build/site/index.html, for any static host
 PYTHON ?= python3
 # Small networks: more threads would cost more than they give, and outputs should not depend on their number.
 ONE_THREAD = OMP_NUM_THREADS=1
 README = README.md
 
-.PHONY: table1 numbers benchmark test notebooks readme clean
+.PHONY: table1 numbers benchmark test notebooks readme lab docs clean
 table1: .venv/installed
 	@mkdir -p data/results
 	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - -p preset quick $(ARGS)
@@ -36,6 +38,12 @@ notebooks: .venv/installed
 
 readme: .venv/installed
 	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | sed 's#\.\./data/#data/#g; s#(\([0-9a-z_]*\.ipynb\))#(nbs/\1)#g; /^```$$/{N;s/^```\n\(from\|import\) /```python\n\1 /}' | cat -s > $(README)
+
+lab: .venv/installed
+	.venv/bin/jupyter lab --notebook-dir nbs $(ARGS)
+
+docs: .venv/installed
+	.venv/bin/python nbs/_site/build.py
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "advdpnp needs Python 3.10 or newer, this is " + sys.version)'
