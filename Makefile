@@ -52,6 +52,7 @@ docs: .venv/installed
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	.venv/bin/python -m pip install --quiet --no-deps torchattacks==3.5.1 imagecorruptions-imaug==1.1.5  # the one asks for a version of requests that JupyterLab cannot have, the other for an OpenCV with windows
 	.venv/bin/python -m pip install --quiet --no-deps --editable .
+	.venv/bin/python -c "import shutil, sysconfig; p = sysconfig.get_path('purelib'); shutil.copy('tests/torchvision_first.py', p); open(p + '/torchvision_first.pth', 'w').write('import torchvision_first\n')"  # imports may then stand in any order
 	touch $@
 
 clean:

@@ -7,7 +7,7 @@ __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'f
            'show', 'say_version', 'main', 'examples', 'open_model', 'open_images', 'find_budget', 'choose_attacks',
            'record_path', 'check_request', 'measure_model', 'write_robustbench', 'evaluate_command', 'run_together',
            'train', 'runs', 'parse_jobs', 'table', 'publish', 'run_notebook', 'notebook', 'command_of', 'nothing_to_do',
-           'run_step', 'work_through', 'numbers']
+           'run_step', 'work_through', 'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
 import importlib
@@ -625,3 +625,14 @@ def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _
             typer.echo("\n".join(map(str, hub.pack(preset, pack))))
         if failed:
             raise RuntimeError(f"failed: {'; '.join(failed)}. What went wrong is said above")
+
+# %% ../nbs/78_cli.ipynb #978678ca
+@app.command(epilog=examples("advdpnp doctor"))
+def doctor(data_dir: _DataDir = Path("data")):
+    "Say what this computer has, what is fast on it, and what is broken."
+    from advdpnp.doctor import examine
+
+    findings = examine(data_dir)
+    show("\n".join(map(str, findings)))
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
