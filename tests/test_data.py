@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
@@ -580,3 +581,53 @@ def test_real_published_files(packed, monkeypatch, offline):
     assert data.wrong_files("cifar100", folder) == []  # the md5 are those of the published files
     published, archive = load_dataset("cifar100", folder), load_dataset("cifar100", packed("cifar100"))
     assert published.sha256 == archive.sha256 and published.class_names[:3] == ("apple", "aquarium_fish", "baby")
+
+
+def test_a_data_set_takes_little_more_memory_than_its_arrays():
+    n = 200_000
+    x, y = RNG.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8), np.arange(n) % 10
+    whole = Dataset("mine", x, y, x[:1000], y[:1000])
+    for make in (lambda: Dataset("mine", x, y, x[:1000], y[:1000]), lambda: Dataset("mine", x, y, x, y),
+                 lambda: Dataset("mine", torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y), x, y),
+                 lambda: hold_out(whole, 1000), lambda: at_most(whole, train=150_000, test=100),
+                 lambda: averaged(whole, 4)):
+        tracemalloc.start()
+        made = make()
+        made.sha256
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        held = [a for a in (made.x_train, made.y_train, made.x_test, made.y_test)]
+        new = sum(a.nbytes for a in held if not any(np.shares_memory(a, b) for b in (x, y)))
+        assert peak < new + 0.1 * sum(a.nbytes for a in held)
+
+
+@pytest.mark.parametrize("labels", [
+    lambda y: y.tolist(), lambda y: tuple(y.tolist()), torch.from_numpy, lambda y: torch.from_numpy(y).int(),
+    lambda y: [torch.tensor(k) for k in y], lambda y: y.astype(np.int32), lambda y: y.astype(np.uint8),
+    lambda y: y.astype(np.float32), lambda y: np.eye(3)[y], lambda y: torch.eye(3, dtype=torch.int64)[y],
+    lambda y: y[:, None],
+])
+def test_labels_of_any_kind(labels):
+    x, y = images(6, 8), np.arange(6) % 3
+    mine = Dataset("mine", x, labels(y), x, labels(y))
+    assert mine.y_train.dtype == np.int64 and mine.sha256 == Dataset("mine", x, y, x, y).sha256
+
+
+@pytest.mark.parametrize("given", [torch.from_numpy, lambda x: torch.from_numpy(x).permute(0, 3, 1, 2), list,
+                                   lambda x: x.tolist() and [torch.from_numpy(image) for image in x]])
+def test_images_of_any_kind(given):
+    x, y = images(6, 8), np.arange(6) % 3
+    assert Dataset("mine", given(x), y, given(x), y).sha256 == Dataset("mine", x, y, x, y).sha256
+
+
+def test_ragged_lists_are_refused():
+    x = images(4, 8)
+    with pytest.raises(ValueError, match="labels are no array"):
+        Dataset("mine", x, [[0, 1], [1], [0], [1]], x, [0, 1, 0, 1])
+    with pytest.raises(ValueError, match="images are no array"):
+        Dataset("mine", [x[0], x[1, :4]], [0, 1], x, [0, 1, 0, 1])
+
+
+def test_a_stream_takes_what_rounding_does():
+    (x, _), = Stream([(X * (1 + 2e-6) - 1e-6, Y)]).epoch()
+    assert x.min() >= 0 and x.max() <= 1
