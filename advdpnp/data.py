@@ -76,10 +76,10 @@ def channels_last(
         return None
     return x if last else x.transpose(0, 2, 3, 1)
 
-# %% ../nbs/92_data.ipynb #c5a89719
+# %% ../nbs/92_data.ipynb #4cf411a0
 def in_parts(
     x: np.ndarray,  # (N, ...)
-    most: int = 2**16,  # numbers in a part, or one image
+    most: int = 2**15,  # numbers in a part, or one image
 ):
     "Slices that go through an array."
     step = max(1, most // max(1, x[:1].size))
