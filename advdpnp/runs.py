@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'RECORDS', 'RESULTS', 'budget_of', 'Config',
-           'kinds_of', 'as_kind', 'chosen_for', 'usual_settings', 'from_flat', 'make_config', 'config_hash',
-           'check_parameters', 'commit_of_package', 'processor', 'provenance', 'forget_peak', 'one_thread',
-           'network_of', 'sha256_of', 'load_checkpoint', 'at_work', 'is_running', 'Ledger', 'title', 'attacks_of',
-           'chosen_by', 'attacked_epoch', 'attacked', 'first_images', 'under_corruptions', 'shape_of_features',
-           'tradeoff', 'identity', 'seconds_left', 'other_machines', 'status', 'end_with', 'do_step', 'share_work']
+           'kinds_of', 'as_kind', 'chosen_for', 'usual_settings', 'as_place', 'called', 'from_flat', 'make_config',
+           'config_hash', 'as_parameter', 'check_parameters', 'commit_of_package', 'processor', 'provenance',
+           'forget_peak', 'one_thread', 'network_of', 'sha256_of', 'load_checkpoint', 'at_work', 'is_running', 'Ledger',
+           'title', 'attacks_of', 'chosen_by', 'attacked_epoch', 'attacked', 'some_places', 'chosen_images',
+           'some_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'check_same_images', 'identity',
+           'seconds_left', 'other_machines', 'status', 'end_with', 'do_step', 'share_work']
 
 # %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
@@ -42,8 +43,8 @@ from .attacks import PGD, ThreatModel, correct, robust_to
 from .core import claim_folder, cores, has_fast_bf16, one_of, own_randomness, pick_device, read_json
 from .core import write_json
 from .corruptions import corrupted_images, corruption_accuracy
-from .data import Loader, at_most, averaged, is_path, load_dataset
-from .evaluation import OtherEvaluation, Resume, accuracy, evaluate, standard_attacks, to_digits
+from .data import Loader, at_most, averaged, is_path, load_dataset, place_name
+from .evaluation import OtherEvaluation, Resume, accuracy, evaluate, image_order, standard_attacks, to_digits
 from .geometry import geometry
 from .methods import EXTRAS, METHODS, make_net, method_of, split_name
 from .parallel import as_the_first_says, share
@@ -100,7 +101,7 @@ CHOSEN = {
 class Config:
     "What every run has, whatever its method."
 
-    dataset: str  # a name, such as cifar10
+    dataset: str  # a name, such as cifar10, or where it lies
     arch: str  # a network's name in timm
     side: int | None  # pixels that images are averaged to; None: as they are
     train_images: int | None  # a stratified part of them; None: all
@@ -124,9 +125,6 @@ class Config:
     corruption_images: int | None  # None: all
 
     def __post_init__(self):
-        if is_path(self.dataset):
-            raise ValueError(f"dataset is {self.dataset!r}: expected a name, such as cifar10, or that of an archive "
-                             f"<name>.npz in the data folder")
         for name, value in vars(self).items():
             if isinstance(value, int) and value < (least := int(name != "padding")):
                 raise ValueError(f"{name} is {value}: expected at least {least}")
@@ -189,6 +187,23 @@ def usual_settings(
     settings["epochs"] = EPOCHS.get((preset, dataset), settings["epochs"])
     return settings if has_fast_bf16(device) else settings | dict(precision="float32")
 
+# %% ../nbs/70_runs.ipynb #f1e7d6d2
+def as_place(
+    dataset: str | Path,  # a name, or a path
+) -> str:
+    "A data set as a configuration names it."
+    if not is_path(dataset):
+        return dataset
+    place = os.path.normpath(dataset)
+    return place if place.endswith(".npz") else f"{place}/"
+
+
+def called(
+    dataset: str,  # from a configuration
+) -> str:
+    "The name of a data set, without where it lies."
+    return place_name(dataset) if is_path(dataset) else dataset
+
 # %% ../nbs/70_runs.ipynb #04cc5b48
 def from_flat(cls, config):
     "An instance of a dataclass from a flat configuration, which may hold more; its checks are made."
@@ -207,8 +222,10 @@ def make_config(
     preset = one_of(("fast" if device.type == "cuda" else "quick") if preset == "auto" else preset, PRESETS, "preset")
     if seed < 0:
         raise ValueError(f"seed is {seed}: expected a whole number, 0 or more")
+    if isinstance(changes.get("dataset"), (str, Path)):
+        changes["dataset"] = as_place(changes["dataset"])
     dataset = as_kind("dataset", changes.get("dataset", PRESETS[preset]["dataset"]), str)
-    usual = usual_settings(method, preset, dataset, device)
+    usual = usual_settings(method, preset, called(dataset), device)
     changes = {key: as_kind(key, value, kinds_of(method)[one_of(key, usual, "parameter")])
                for key, value in changes.items()}
     config = usual | changes
@@ -224,15 +241,39 @@ def config_hash(config):
     "A short hash of a configuration."
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
+# %% ../nbs/70_runs.ipynb #bd2cb482
+def as_parameter(
+    name: str,  # of a notebook's parameter
+    value,
+):
+    "The value as the notebook expects it; a ValueError if it cannot be."
+    text = value.strip() if isinstance(value, str) else None
+    if name == "use_results":
+        value = {"true": True, "false": False}.get(text.lower(), value) if text else value
+        return as_kind(name, value, bool)
+    if name in ("minutes", "images", "repeats", "race_images"):
+        whole = name != "minutes"
+        if text is not None and re.fullmatch(r"\d+" if whole else r"\d+|\d*\.\d+", text):
+            value = int(text) if whole else float(text)
+        return as_kind(name, value, int if whole else float)
+    if isinstance(value, (list, tuple)) and all(isinstance(one, (str, int)) for one in value):
+        value = ", ".join(map(str, value))  # text with commas
+    return as_kind(name, value, str | int if name == "seeds" else str)
+
 # %% ../nbs/70_runs.ipynb #96f52741
 def check_parameters(
-    given: dict,  # a notebook's globals
+    given: dict,  # a notebook's globals; parameters are put into the form that the notebook expects
     known: list[str],  # the parameters it has
 ):
     "Raise a ValueError for a parameter that a notebook does not have: papermill only warns and takes the default."
-    for name, value in given.items():
-        if not name.startswith("_") and isinstance(value, (str, int, float, bool, type(None))):
+    plain = (str, int, float, bool, type(None), list, tuple, set, dict)
+    for name, value in [*given.items()]:
+        ours = name.startswith("_") or name in ("In", "Out") or value is globals().get(name, given)
+        if isinstance(value, plain) and not ours:
             one_of(name, known, "parameter")
+    for name in known:
+        if name in given:
+            given[name] = as_parameter(name, given[name])
 
 # %% ../nbs/70_runs.ipynb #adaa6a19
 FEW = "PGD-AT, TRADES, dual-branch linear, Adv-DPNP"  # for tables there is no time to show every method in
@@ -413,7 +454,7 @@ def folder(self: Ledger, config):
     changed = "".join(f",{key}={config[key]}" for key in config["changes"])
     if len(changed.encode()) > 150:  # a file system takes 255 bytes
         changed = "," + hashlib.sha256(changed.encode()).hexdigest()[:12]
-    return self.data_dir / "runs" / config["dataset"] / (name + changed)
+    return self.data_dir / "runs" / called(config["dataset"]) / (name + changed)
 
 # %% ../nbs/70_runs.ipynb #39717082
 @patch
@@ -567,10 +608,22 @@ def attacked(ledger, config, deadline):
     return record
 
 # %% ../nbs/70_runs.ipynb #afc5ee6e
-def first_images(ledger, config):
-    "At most 2,000 test images, the first, in batches."
+def some_places(data):
+    "Where at most 2,000 test images are, stratified."
+    n = min(2000, len(data.y_test))
+    return image_order(data, n, n)
+
+
+def chosen_images(data):
+    "How `some_places` are chosen, for the record; None: all are taken."
+    return dict(order="stratified", seed=0, of=len(data.y_test)) if len(data.y_test) > 2000 else None
+
+
+def some_images(ledger, config):
+    "At most 2,000 test images, stratified, in batches."
     data = ledger.dataset(config)
-    return Loader(data.x_test[:2000], data.y_test[:2000], 500, device=ledger.device)
+    places = some_places(data)
+    return Loader(data.x_test[places], data.y_test[places], 500, device=ledger.device)
 
 
 def under_corruptions(ledger, config, deadline):
@@ -580,13 +633,14 @@ def under_corruptions(ledger, config, deadline):
 
 
 def shape_of_features(ledger, config, deadline):
-    "Geometry of features, clean and under PGD-20, on `first_images`."
-    return geometry(ledger.model(config), first_images(ledger, config), PGD(config["eps"], config["eval_step_size"]))
+    "Geometry of features, clean and under PGD-20, on `some_images`."
+    found = geometry(ledger.model(config), some_images(ledger, config), PGD(config["eps"], config["eval_step_size"]))
+    return found | dict(subset=chosen_images(ledger.dataset(config)))
 
 # %% ../nbs/70_runs.ipynb #4a12dcba
 def tradeoff(ledger, config, deadline):
-    "Clean accuracy and the worst case over PGD-20, C&W and the attack on prototypes, by image, on `first_images`."
-    net, images = ledger.model(config), first_images(ledger, config)
+    "Clean accuracy and the worst case over PGD-20, C&W and the attack on prototypes, by image, on `some_images`."
+    net, images = ledger.model(config), some_images(ledger, config)
     kept = Resume(ledger.folder(config) / "tradeoff-best.json", dict(sha256=ledger.sha256(config)), deadline)
     with full_precision():
         clean = worst = correct(net, images)
@@ -594,8 +648,19 @@ def tradeoff(ledger, config, deadline):
             if attack.name in ("pgd20", "cw", "prototype"):  # AutoAttack takes ten times as long
                 worst = robust_to(net, images, attack, worst, quiet=ledger.quiet, title=title(config),
                                   begin=kept.begin(attack.name), keep=kept.keeper(attack.name))
-    return dict(n=len(clean), seconds=round(kept.seconds, 2), clean=accuracy(clean), worst=accuracy(worst),
+    return dict(n=len(clean), subset=chosen_images(ledger.dataset(config)), seconds=round(kept.seconds, 2),
+                clean=accuracy(clean), worst=accuracy(worst),
                 verdicts=dict(clean=to_digits(clean), worst=to_digits(worst)))
+
+# %% ../nbs/70_runs.ipynb #872ad87a
+def check_same_images(
+    records: list[dict],  # each with verdicts
+):
+    "Raise a ValueError unless records are of the same test images."
+    if len({json.dumps(record.get("subset"), sort_keys=True) for record in records}) > 1:
+        raise ValueError("some records are of the first test images, as in earlier versions, and others of a "
+                         "stratified subset: they cannot be compared image by image, so measure all of them anew, "
+                         "without use_results")
 
 # %% ../nbs/70_runs.ipynb #4f2a79c6
 RECORDS = {"result": attacked, "corruptions": under_corruptions, "geometry": shape_of_features, "tradeoff": tradeoff}
@@ -853,4 +918,7 @@ def run_all(
         errors += share_work(self, step, left, jobs, deadline)
     if errors:
         raise errors[0]
-    return [self.result(config, kind) for config in configs]
+    records = [self.result(config, kind) for config in configs]
+    if kind == "tradeoff":
+        check_same_images([record for record in records if record])
+    return records
