@@ -66,15 +66,17 @@ def as_labels(
     whole = y.dtype.kind in "biu" or y.dtype.kind == "f" and np.isfinite(y).all() and (y == np.round(y)).all()
     return y.astype(np.int64, copy=False) if whole else y
 
-# %% ../nbs/92_data.ipynb #70daebed
+# %% ../nbs/92_data.ipynb #59a86bec
 def channels_last(
     x: np.ndarray,  # (N, C, H, W) or (N, H, W, C)
-) -> np.ndarray | None:  # (N, H, W, C), a view; None if the shape leaves it open
+    otherwise: str = "",  # "first" or "last": where they are if neither axis has length 1 or 3
+) -> np.ndarray | None:  # (N, H, W, C), a view; None if it remains open
     "Images with their channels last."
     first, last = (x.shape[axis] in (1, 3) for axis in (1, 3))
-    if first and last and len({*x.shape[1:]}) > 1 or not (first or last):
+    if first and last and len({*x.shape[1:]}) > 1:
         return None
-    return x if last else x.transpose(0, 2, 3, 1)
+    where = "last" if last else "first" if first else otherwise
+    return {"last": x, "first": x.transpose(0, 2, 3, 1), "": None}[where]
 
 # %% ../nbs/92_data.ipynb #4cf411a0
 def in_parts(
@@ -639,10 +641,11 @@ def check_classes(
             raise ValueError(f"{folder}: {', '.join([*classes][:10])} hold the folders {', '.join(sorted(held)[:10])}: "
                              f"expected one folder a class, or train and test with one folder a class in each")
 
-# %% ../nbs/92_data.ipynb #2fa46414
+# %% ../nbs/92_data.ipynb #e51e4429
 def files_of(
     folder: Path,
     left_out: LeftOut,
+    notes: list,  # what is to be said is added to it
 ) -> dict:  # "train", if there are any, and "test" to class to pictures
     "The pictures of a folder by split and class, or a ValueError that says why there are none."
     paths = splits_in(folder)
@@ -650,6 +653,8 @@ def files_of(
         splits = {"test": classes_in(folder, left_out)}
     else:
         unused = paths.pop("val") if len(paths) == 3 else None
+        if "test" not in paths:
+            notes.append(f"{paths['val'].name} is tested on: there is no test.")
         for path in sub_folders(folder, left_out):
             if path == unused:
                 left_out.add(path, "because test is tested on, and training holds out images of its own")
@@ -670,7 +675,7 @@ def read_folder(
     "Images from a folder, or a ValueError that says why it cannot be read; `notes` says what was left out."
     path, left_out, notes = Path(path), LeftOut(), []
     try:
-        splits = files_of(path, left_out)
+        splits = files_of(path, left_out, notes)
     except OSError as error:
         raise ValueError(f"{path} is no folder of images: expected one sub-folder a class, with images in it ({error})"
                          ) from error

@@ -181,16 +181,17 @@ def check_scale(
     advice = "divide by 255" if low >= 0 and 2 < high <= 255 else "normalise inside the model, not before it"
     raise ValueError(f"images range from {low:.4g} to {high:.4g}: expected floats in [0, 1], so {advice}")
 
-# %% ../nbs/60_evaluation.ipynb #3630ddeb
+# %% ../nbs/60_evaluation.ipynb #9d14c36b
 def as_pixels(
     images,  # (N, C, H, W) or (N, H, W, C): floats in [0, 1], or uint8; an array, a tensor or a list
 ) -> np.ndarray:  # (N, H, W, C) uint8
     "Images as a data set holds them; floats are rounded to 8 bits."
     x = as_array(images, "images")
-    moved = channels_last(x) if x.ndim == 4 and x.size else None
+    usual = "first" if torch.is_tensor(images) or x.dtype.kind == "f" else "last"
+    moved = channels_last(x, usual) if x.ndim == 4 and x.size else None
     if moved is None or not (x.dtype == np.uint8 or x.dtype.kind == "f"):
         raise ValueError(f"images are {x.dtype} of shape {x.shape}: expected floats in [0, 1] of shape (N, C, H, W), "
-                         "or uint8 of shape (N, H, W, C), with one or three channels")
+                         "or uint8 of shape (N, H, W, C)")
     check_scale(x)
     if x.dtype == np.uint8:
         return moved
@@ -572,7 +573,10 @@ def report(
 ) -> str:  # Markdown
     "A record as two tables: accuracies, and the outcome of every check; between them what is to be remarked."
     checks = ["", *check_table(record["checks"])] if "checks" in record else []
-    remarks = [line for said in record.get("remarks", []) for line in ("", said)]
+    remarks, of = record.get("remarks", []), record.get("subset")
+    if of and record["n"] < of["of"]:
+        remarks = [f"{record['n']} of {of['of']} test images, stratified, seed {of['seed']}.", *remarks]
+    remarks = [line for said in remarks for line in ("", said)]
     return "\n".join(accuracy_table(record["metrics"]) + remarks + checks)
 
 # %% ../nbs/60_evaluation.ipynb #7f6123b7

@@ -7,9 +7,9 @@ __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'R
            'kinds_of', 'as_kind', 'chosen_for', 'usual_settings', 'as_place', 'called', 'from_flat', 'make_config',
            'config_hash', 'as_parameter', 'check_parameters', 'commit_of_package', 'processor', 'provenance',
            'forget_peak', 'one_thread', 'network_of', 'sha256_of', 'load_checkpoint', 'at_work', 'is_running', 'Ledger',
-           'title', 'attacks_of', 'chosen_by', 'attacked_epoch', 'attacked', 'some_places', 'chosen_images',
-           'some_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'check_same_images', 'identity',
-           'seconds_left', 'other_machines', 'status', 'end_with', 'do_step', 'share_work']
+           'fewer_held_out', 'title', 'attacks_of', 'chosen_by', 'attacked_epoch', 'attacked', 'some_places',
+           'chosen_images', 'some_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'check_same_images',
+           'identity', 'seconds_left', 'other_machines', 'status', 'end_with', 'do_step', 'share_work']
 
 # %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
@@ -241,7 +241,7 @@ def config_hash(config):
     "A short hash of a configuration."
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/70_runs.ipynb #bd2cb482
+# %% ../nbs/70_runs.ipynb #8a9f9b70
 def as_parameter(
     name: str,  # of a notebook's parameter
     value,
@@ -258,6 +258,8 @@ def as_parameter(
         return as_kind(name, value, int if whole else float)
     if isinstance(value, (list, tuple)) and all(isinstance(one, (str, int)) for one in value):
         value = ", ".join(map(str, value))  # text with commas
+    if name == "seeds" and text and text.isdecimal():
+        value = int(text)
     return as_kind(name, value, str | int if name == "seeds" else str)
 
 # %% ../nbs/70_runs.ipynb #96f52741
@@ -414,7 +416,7 @@ def at_work(
     except TimeoutError:
         raise
     except Exception:
-        kept.write_text(traceback.format_exc())
+        kept.write_text(traceback.format_exc(), encoding="utf-8")
         raise
     finally:
         lock.release()
@@ -475,6 +477,17 @@ def dataset(self: Ledger, config):
         dataset = averaged(dataset, side) if side else dataset
         self._datasets[key] = at_most(dataset, images) if images else dataset
     return self._datasets[key]
+
+
+def fewer_held_out(
+    config: dict,  # from `make_config`
+    dataset,  # its images
+) -> dict:  # with a `val_size` that the data set has images for; the same if somebody asked for one
+    "A configuration that suits a small data set: a preset's validation images may be more than there are."
+    total, classes = len(dataset.x_train), dataset.num_classes
+    if "val_size" in config["changes"] or 2 * config["val_size"] <= total or total < 2 * classes:
+        return config
+    return config | dict(val_size=max(total // 10, classes), changes=sorted([*config["changes"], "val_size"]))
 
 
 @patch
@@ -828,7 +841,7 @@ def status(
     if is_running(folder):
         return "running", after
     if error.exists():
-        return "failed", error.read_text().strip().splitlines()[-1]
+        return "failed", error.read_text(encoding="utf-8").strip().splitlines()[-1]
     if (folder / "trained.json").exists():
         kinds = [kind for kind in RECORDS if (folder / f"{kind}.json").exists()]
         return "trained", f"measured: {', '.join(kinds)}" if kinds else "not measured"

@@ -511,7 +511,7 @@ def save(stem, texts: dict[str, str]) -> list[Path]:  # stem: such as data/resul
     paths = [Path(f"{stem}{suffix}") for suffix in texts]
     for path, text in zip(paths, texts.values()):
         with replacing(path) as part:
-            part.write_text(text)
+            part.write_text(text, encoding="utf-8")
     return paths
 
 # %% ../nbs/72_tables.ipynb #ed69f7eb
@@ -542,7 +542,7 @@ def trained(self: Table):
 @patch(as_prop=True)
 def text(self: Table):
     "The table in Markdown, and what is left to do."
-    table = next((path.read_text() for path in self.files if path.suffix == ".md"), "No run is finished.\n")
+    table = next((path.read_text(encoding="utf-8") for path in self.files if path.suffix == ".md"), "No run is finished.\n")
     return "\n".join([table, *(f"- not finished yet: {line}" for line in self.left)])
 
 
@@ -674,4 +674,4 @@ def data_folder(given="") -> Path:
 def kept_text(name: str, data_dir="") -> str:  # name: such as "table2.small"; Markdown, empty if it is not there
     "The text of a table in the folder `results`, without published numbers."
     path = data_folder(data_dir) / "results" / f"{name}.md"
-    return path.read_text().split("\n\nPublished")[0] if path.exists() else ""
+    return path.read_text(encoding="utf-8").split("\n\nPublished")[0] if path.exists() else ""

@@ -182,6 +182,10 @@ def test_images_and_labels_come_in_many_kinds(model, digits):
                   torch.utils.data.DataLoader(tensors, 7), [(x[:2], y[:2]), (x[2:], y[2:])], Loader(x8, y, 4),
                   ((x[i : i + 4], y[i : i + 4]) for i in range(0, 30, 4))):
         assert as_dataset(given, model).sha256 == ours.sha256
+    four = torch.rand(2, 4, 8, 8)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(256, 10)).eval()
+    assert as_dataset((four, [0, 1]), flat).sha256 == as_dataset(
+        ((255 * four).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), [0, 1]), flat).sha256
     shuffled = torch.utils.data.DataLoader(tensors, 7, shuffle=True)
     before = torch.get_rng_state()
     assert as_dataset(shuffled, model).sha256 == as_dataset(shuffled, model).sha256 != ours.sha256

@@ -91,7 +91,8 @@ def test_two_splits_are_a_data_set_to_train_on(tmp_path, train, test):
     read = load_dataset(tmp_path / "pets")
     assert (read.name, read.class_names, read.y_train.tolist(), read.y_test.tolist()) == (
         "pets", ("cat", "dog"), [0, 0, 0, 1, 1, 1], [1])
-    assert read.about == ["pets, classes and their training + test images: 0 = cat (3 + 0), 1 = dog (3 + 1)"]
+    assert read.about[0] == "pets, classes and their training + test images: 0 = cat (3 + 0), 1 = dog (3 + 1)"
+    assert read.notes == ((f"{test} is tested on: there is no test.",) if test[0] == "v" else ())
 
 
 def test_of_three_splits_one_is_named_as_not_used(tmp_path):
