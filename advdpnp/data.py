@@ -753,8 +753,8 @@ def hold_out(
     total = len(dataset.x_train)
     size = max(min(total // 10, 1000), dataset.num_classes) if size is None else size
     check_held_out(dataset, size)
-    train, val = map(np.sort, train_test_split(np.arange(total, dtype=np.int32), test_size=size, stratify=dataset.y_train,
-                                               random_state=seed))
+    places = np.arange(total, dtype=np.int32)
+    train, val = map(np.sort, train_test_split(places, test_size=size, stratify=dataset.y_train, random_state=seed))
     return replace(dataset, x_train=dataset.x_train[train], y_train=dataset.y_train[train],
                    x_test=dataset.x_train[val], y_test=dataset.y_train[val])
 
@@ -817,7 +817,7 @@ def lacking(
     named = ", ".join(class_names[k] for k in gone[:10]) + f" and {len(gone) - 10} more" * (len(gone) > 10)
     return f"The {len(rows)} of {len(y)} {what} that are used have none of class {named}."
 
-# %% ../nbs/92_data.ipynb #6cb8cb70
+# %% ../nbs/92_data.ipynb #38ff198e
 def subset(
     x: np.ndarray,  # (N, H, W, C)
     y: np.ndarray,  # (N,)
@@ -825,8 +825,8 @@ def subset(
     dataset: Dataset,  # that they are of
     what: str,  # "training images"
     seed: int,
-) -> tuple[np.ndarray, np.ndarray, list[str]]:  # images and labels in their old order; a sentence if classes are lacking
-    "Some of the images, stratified; a ValueError for fewer than one."
+) -> tuple[np.ndarray, np.ndarray, list[str]]:  # images, labels; a sentence if classes are lacking
+    "Some of the images, stratified, in their old order."
     if n is None or n >= len(y):
         return x, y, []
     kept = np.sort(stratified_order(y, dataset.num_classes, seed)[:n].astype(np.int32))

@@ -520,7 +520,7 @@ def evaluate(
     deadline: float | None = None,  # a `time.time()`; after it a TimeoutError, with everything found kept in `resume`
     quiet: bool = False,  # no progress bars
     title: str = "",  # before the attacks' names on the bars
-) -> dict:  # dataset, data_sha256, n, subset, remarks, device, copied, batch_size, seed, seconds; metrics, verdicts, ...
+) -> dict:  # dataset, data_sha256, n, subset, remarks, device, copied, batch_size, seed, seconds; metrics, checks, ...
     "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it."
     began, data = time.monotonic(), as_dataset(dataset, model)
     plan = make_plan(data, attacks, images, limits, check_images, batch_size, seed, device_of(model))

@@ -542,7 +542,8 @@ def trained(self: Table):
 @patch(as_prop=True)
 def text(self: Table):
     "The table in Markdown, and what is left to do."
-    table = next((path.read_text(encoding="utf-8") for path in self.files if path.suffix == ".md"), "No run is finished.\n")
+    made = (path.read_text(encoding="utf-8") for path in self.files if path.suffix == ".md")
+    table = next(made, "No run is finished.\n")
     return "\n".join([table, *(f"- not finished yet: {line}" for line in self.left)])
 
 

@@ -217,7 +217,7 @@ IMAGES, LABELS = torch.rand(4, 1, 8, 8), [0, 1, 2, 3]
     (dict(x=IMAGES, y=LABELS), "the data set is dict"),
     ([(IMAGES, LABELS, LABELS)], "a batch of the data set is tuple"),
     ([], "gives no batches"),
-    ([(IMAGES, LABELS), (torch.rand(4, 1, 9, 9), LABELS)], "images are of the shapes .8, 8, 1., .9, 9, 1.: expected one"),
+    ([(IMAGES, LABELS), (torch.rand(4, 1, 9, 9), LABELS)], "images are of the shapes .8, 8, 1., .9, 9, 1."),
 ], ids=lambda value: None)
 def test_data_that_cannot_be_right(model, data, message):
     with pytest.raises(ValueError, match=message):

@@ -15,8 +15,8 @@ import torch
 import advdpnp.runs
 import advdpnp.tables
 from advdpnp.core import differing
-from advdpnp.runs import (RESULTS, Ledger, at_work, check_parameters, config_hash, is_running, load_checkpoint, make_config,
-                          status)
+from advdpnp.runs import (RESULTS, Ledger, at_work, check_parameters, config_hash, is_running, load_checkpoint,
+                          make_config, status)
 from advdpnp.tables import collect, make_table, plan_table, same_seeds
 from advdpnp.training import Trainer
 
@@ -109,7 +109,8 @@ def test_parameters_of_a_notebook_become_what_it_expects():
     given = dict(preset="quick", methods=["TRADES", "MART"], seeds=[0, 1], minutes="0.5", use_results="True", path=Path,
                  In=[], Out={}, CHOSEN=advdpnp.runs.CHOSEN)
     check_parameters(given, ["preset", "methods", "seeds", "minutes", "use_results"])
-    assert [given[name] for name in ("methods", "seeds", "minutes", "use_results")] == ["TRADES, MART", "0, 1", 0.5, True]
+    assert (given["methods"], given["seeds"], given["minutes"], given["use_results"]) == (
+        "TRADES, MART", "0, 1", 0.5, True)
 
 
 def test_verdicts_of_other_images_are_not_compared():
