@@ -263,20 +263,17 @@ def __repr__(self: Dataset):
     return "\n".join([f"Dataset({self.name!r}: {len(self.x_train)} training and {len(self.x_test)} test images, "
                       f"{shape}, {self.num_classes} classes)", *self.notes])
 
-# %% ../nbs/92_data.ipynb #3adefcce
+# %% ../nbs/92_data.ipynb #a8ab000e
 @patch(as_prop=True)
-def about(
-    self: Dataset,
-    most: int = 40,  # classes that are listed
-) -> list[str]:
-    "Classes with their numbers of images in one line, and the notes, one a line."
+def about(self: Dataset) -> list[str]:
+    "At most 40 classes with their numbers of images in one line, and the notes, one a line."
     count = lambda y: np.bincount(y, minlength=self.num_classes)
     train, test = count(self.y_train), count(self.y_test)
     lines = []
     for k, name in enumerate(self.class_names):
         called = name if name == str(k) else f"{k} = {name}"
         lines.append(f"{called} ({f'{train[k]} + ' * bool(len(self.y_train))}{test[k]})")
-    listed = lines if len(lines) <= most else [*lines[: most // 2], "...", *lines[-most // 2 :]]
+    listed = lines if len(lines) <= 40 else [*lines[:20], "...", *lines[-20:]]
     images = "training + test images" if len(self.y_train) else "test images"
     return [f"{self.name}, classes and their {images}: {', '.join(listed)}", *self.notes]
 

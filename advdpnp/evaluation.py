@@ -200,7 +200,7 @@ def as_pixels(
         pixels[rows] = (255 * moved[rows].astype(np.result_type(x, np.float32)).clip(0, 1)).round()
     return pixels
 
-# %% ../nbs/60_evaluation.ipynb #a24de449
+# %% ../nbs/60_evaluation.ipynb #ae05b0ac
 def batches_of(
     data,  # (images, labels), a data set of PyTorch, or an iterable of batches
 ):
@@ -210,10 +210,11 @@ def batches_of(
                         for half in data):
         yield data
     elif isinstance(data, torch.utils.data.Dataset):
-        for i in range(len(data)) if hasattr(data, "__len__") else data:
-            x, y = data[i] if hasattr(data, "__len__") else i
-            x = x if torch.is_tensor(x) else np.asarray(x)  # a picture, too
-            yield (x[..., None] if x.ndim == 2 else x)[None], [y]
+        for item in (data[i] for i in range(len(data))) if hasattr(data, "__len__") else data:
+            if isinstance(item, (tuple, list)) and len(item) == 2:
+                x = item[0] if torch.is_tensor(item[0]) else np.asarray(item[0])  # a picture, too
+                item = (x[..., None] if x.ndim == 2 else x)[None], [item[1]]
+            yield item
     else:
         yield from data
 

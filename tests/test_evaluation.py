@@ -216,6 +216,7 @@ IMAGES, LABELS = torch.rand(4, 1, 8, 8), [0, 1, 2, 3]
     (IMAGES, "the data set is Tensor: expected a Dataset, a pair"),
     (dict(x=IMAGES, y=LABELS), "the data set is dict"),
     ([(IMAGES, LABELS, LABELS)], "a batch of the data set is tuple"),
+    (torch.utils.data.TensorDataset(IMAGES, IMAGES, IMAGES), "a batch of the data set is tuple"),
     ([], "gives no batches"),
     ([(IMAGES, LABELS), (torch.rand(4, 1, 9, 9), LABELS)], "images are of the shapes .8, 8, 1., .9, 9, 1."),
 ], ids=lambda value: None)

@@ -204,3 +204,8 @@ def test_sizes_are_counted(pets):
     with pytest.raises(ValueError, match="images of 2 sizes: 8x8 .3, such as .*cat/0.png., 9x8 .2, such as .*1.png.: "
                                          "expected one size, so resize or crop"):
         read_folder(pets)
+
+
+def test_of_many_classes_some_are_listed(tmp_path):
+    line, = read_folder(fill(tmp_path / "x", *(f"{k}/0.png" for k in range(100, 200)))).about
+    assert line.count("(1)") == 40 and "0 = 100 (1)" in line and "99 = 199 (1)" in line
