@@ -7,10 +7,10 @@ __all__ = ['DIGITS', 'OFFICIAL', 'SUFFIXES', 'FORMATS', 'GREY', 'TURNED', 'SYSTE
            'channels_last', 'in_parts', 'check_images_of', 'check_split', 'stored_images', 'check_arrays', 'names_of',
            'channel_statistics', 'statistics_of', 'may_flip', 'hash_of', 'Dataset', 'embedded_digits', 'official_split',
            'official_arrays', 'official_md5', 'wrong_files', 'make_archive', 'stored_arrays', 'read_archive',
-           'ask_picture', 'is_deep', 'look_at', 'pixels_of', 'check_sizes', 'read_pictures', 'is_hidden', 'LeftOut',
-           'is_picture', 'pictures_below', 'in_order', 'sub_folders', 'classes_in', 'splits_in', 'check_classes',
-           'files_of', 'read_folder', 'place_name', 'is_path', 'stored_dataset', 'load_dataset', 'check_held_out',
-           'hold_out', 'square_means', 'averaged', 'stratified_order', 'lacking', 'subset', 'at_most',
+           'ask_picture', 'is_deep', 'look_at', 'pixels_of', 'check_sizes', 'read_pictures', 'is_hidden', 'is_loop',
+           'LeftOut', 'is_picture', 'pictures_below', 'number_of', 'in_order', 'sub_folders', 'classes_in', 'splits_in',
+           'check_classes', 'files_of', 'read_folder', 'place_name', 'is_path', 'stored_dataset', 'load_dataset',
+           'check_held_out', 'hold_out', 'square_means', 'averaged', 'stratified_order', 'lacking', 'subset', 'at_most',
            'random_crop_flip', 'to_float', 'Loader', 'check_batch', 'Stream']
 
 # %% ../nbs/92_data.ipynb #2f3856b1
@@ -497,7 +497,7 @@ def read_pictures(
         notes.append(f"{clear} pictures have transparent pixels: these are read with the colour that lies under them.")
     return arrays
 
-# %% ../nbs/92_data.ipynb #6f1317c7
+# %% ../nbs/92_data.ipynb #8e9c6603
 SYSTEM = ("__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found",
           "system volume information")
 
@@ -505,6 +505,12 @@ SYSTEM = ("__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "$rec
 def is_hidden(name: str) -> bool:
     "Whether a file or folder is a system's own, or hidden."
     return name.startswith(".") or name.lower() in SYSTEM
+
+
+def is_loop(path: Path) -> bool:
+    "Whether a folder is a link back to one that it lies in."
+    there, here = os.path.realpath(path), os.path.realpath(path.parent)
+    return path.is_symlink() and os.path.commonpath([there, here]) == there
 
 
 class LeftOut(dict):
@@ -521,7 +527,7 @@ class LeftOut(dict):
         return [f"Left out, {why}: {', '.join(os.path.relpath(path, root) for path in paths[:most])}"
                 + f" and {len(paths) - most} more" * (len(paths) > most) + "." for why, paths in self.items()]
 
-# %% ../nbs/92_data.ipynb #0d3ab702
+# %% ../nbs/92_data.ipynb #183a5b23
 def is_picture(file: Path) -> bool:
     "Whether a file is to be read as a picture."
     if file.suffix.lower() in SUFFIXES:
@@ -542,7 +548,7 @@ def pictures_below(
     for path in sorted(folder.iterdir()):
         if is_hidden(path.name):
             left_out.add(path, "hidden or a system's own")
-        elif path.is_dir() and os.path.realpath(path) in above:
+        elif path.is_dir() and (is_loop(path) or os.path.realpath(path) in above):
             left_out.add(path, "a link back to a folder that it lies in")
         elif path.is_dir():
             found += pictures_below(path, left_out, above)
@@ -554,18 +560,23 @@ def pictures_below(
             left_out.add(path, f"no image ({', '.join(FORMATS)})")
     return found
 
-# %% ../nbs/92_data.ipynb #6ff4c16a
+# %% ../nbs/92_data.ipynb #d369319f
+def number_of(name: str) -> int | None:
+    "The number that a name is, if it is a whole one."
+    return int(name) if re.fullmatch(r"[+-]?\d+", name) else None
+
+
 def in_order(names: list[str]) -> list[str]:
     "Names of classes in the order of their numbers, or a ValueError if two are of one class."
-    numbers = all(re.fullmatch(r"[+-]?\d+", name) for name in names)
+    numbers = None not in map(number_of, names)
     same = {}
     for name in names:
-        same.setdefault(int(name) if numbers else unicodedata.normalize("NFC", name).casefold(), []).append(name)
+        same.setdefault(number_of(name) if numbers else unicodedata.normalize("NFC", name).casefold(), []).append(name)
     if twice := next((two for two in same.values() if len(two) > 1), None):
         raise ValueError(f"the folders {' and '.join(twice)} would be one class: expected one folder a class")
-    return sorted(names, key=int) if numbers else sorted(names)
+    return sorted(names, key=number_of) if numbers else sorted(names)
 
-# %% ../nbs/92_data.ipynb #1489c86e
+# %% ../nbs/92_data.ipynb #cef9d6c7
 def sub_folders(
     folder: Path,
     left_out: LeftOut,  # files beside them are added to it
@@ -575,8 +586,10 @@ def sub_folders(
     for path in sorted(folder.iterdir()):
         if is_hidden(path.name):
             left_out.add(path, "hidden or a system's own")
-        elif path.is_dir():
+        elif path.is_dir() and not is_loop(path):
             found.append(path)
+        elif path.is_symlink() and (path.is_dir() or not path.exists()):
+            left_out.add(path, "a link back to a folder that it lies in" if path.is_dir() else "a link to nothing")
         else:
             left_out.add(path, "beside the folders of the classes")
     return found
@@ -680,6 +693,11 @@ def read_folder(
     y = {split: np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
          for split, classes in splits.items()}
     names = [*splits["test"]]
+    numbers = [*map(number_of, names)]
+    moved = [f"folder {name} is class {k}" for k, name in enumerate(names) if numbers[k] != k]
+    if moved and None not in numbers:
+        notes.append(f"The folders do not count from 0 without a gap: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)} "
+                     f"(an empty folder would fill a gap).")
     if empty := [name for name in names if not any(classes[name] for classes in splits.values())]:
         notes.append(f"Classes without an image: {', '.join(empty)}.")
     none = x["test"][:0], y["test"][:0]

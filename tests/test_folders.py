@@ -76,6 +76,23 @@ def test_classes_are_in_order(tmp_path, names, order):
     assert read_folder(tmp_path / "x").class_names == tuple(order)
 
 
+def test_links_at_the_top(pets):
+    os.symlink("..", pets / "up")
+    os.symlink("nothing", pets / "nowhere")
+    os.symlink(pets / "cat", pets / "kitten")  # a class that lies elsewhere is one
+    read = read_folder(pets)
+    assert read.class_names == ("cat", "dog", "kitten") and read.y_test.tolist() == [0, 0, 1, 2, 2]
+    assert read.notes == ("Left out, a link to nothing: nowhere.", "Left out, a link back to a folder that it lies in: up.")
+
+
+@pytest.mark.parametrize("names, said", [(["1", "2", "3"], "folder 1 is class 0, folder 2 is class 1"),
+                                         (["0", "1", "3"], "gap: folder 3 is class 2 ("), (["0", "1"], ""),
+                                         (["10", "2", "cat"], "")])
+def test_numbers_with_a_gap_are_said(tmp_path, names, said):
+    notes = read_folder(fill(tmp_path / "x", *(f"{name}/0.png" for name in names))).notes
+    assert said in " ".join(notes) and bool(notes) == bool(said)
+
+
 @pytest.mark.parametrize("two", [("1", "01"), ("Cat", "cat"), ("caf\u00e9", "cafe\u0301")])
 def test_two_folders_of_one_class(tmp_path, two):
     with pytest.raises(ValueError, match="would be one class: expected one folder a class"):
@@ -207,5 +224,5 @@ def test_sizes_are_counted(pets):
 
 
 def test_of_many_classes_some_are_listed(tmp_path):
-    line, = read_folder(fill(tmp_path / "x", *(f"{k}/0.png" for k in range(100, 200)))).about
-    assert line.count("(1)") == 40 and "0 = 100 (1)" in line and "99 = 199 (1)" in line
+    line, = read_folder(fill(tmp_path / "x", *(f"c{k}/0.png" for k in range(100, 200)))).about
+    assert line.count("(1)") == 40 and "0 = c100 (1)" in line and "99 = c199 (1)" in line
