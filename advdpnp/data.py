@@ -9,9 +9,9 @@ __all__ = ['DIGITS', 'OFFICIAL', 'SUFFIXES', 'FORMATS', 'GREY', 'TURNED', 'SYSTE
            'official_arrays', 'official_md5', 'wrong_files', 'make_archive', 'stored_arrays', 'read_archive',
            'ask_picture', 'is_deep', 'look_at', 'pixels_of', 'check_sizes', 'read_pictures', 'is_hidden', 'is_loop',
            'LeftOut', 'is_picture', 'pictures_below', 'number_of', 'in_order', 'sub_folders', 'classes_in', 'splits_in',
-           'check_classes', 'files_of', 'read_folder', 'place_name', 'is_path', 'stored_dataset', 'load_dataset',
-           'check_held_out', 'hold_out', 'square_means', 'averaged', 'stratified_order', 'lacking', 'subset', 'at_most',
-           'random_crop_flip', 'to_float', 'Loader', 'check_batch', 'Stream']
+           'check_classes', 'files_of', 'place_name', 'labels_and_notes', 'read_folder', 'is_path', 'stored_dataset',
+           'load_dataset', 'check_held_out', 'hold_out', 'square_means', 'averaged', 'stratified_order', 'lacking',
+           'subset', 'at_most', 'random_crop_flip', 'to_float', 'Loader', 'check_batch', 'Stream']
 
 # %% ../nbs/92_data.ipynb #2f3856b1
 import hashlib
@@ -497,7 +497,7 @@ def read_pictures(
         notes.append(f"{clear} pictures have transparent pixels: these are read with the colour that lies under them.")
     return arrays
 
-# %% ../nbs/92_data.ipynb #8e9c6603
+# %% ../nbs/92_data.ipynb #1634ef25
 SYSTEM = ("__macosx", "__pycache__", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found",
           "system volume information")
 
@@ -506,13 +506,13 @@ def is_hidden(name: str) -> bool:
     "Whether a file or folder is a system's own, or hidden."
     return name.startswith(".") or name.lower() in SYSTEM
 
-
+# %% ../nbs/92_data.ipynb #80c30e74
 def is_loop(path: Path) -> bool:
     "Whether a folder is a link back to one that it lies in."
     there, here = os.path.realpath(path), os.path.realpath(path.parent)
     return path.is_symlink() and os.path.commonpath([there, here]) == there
 
-
+# %% ../nbs/92_data.ipynb #2127464c
 class LeftOut(dict):
     "Why to what was left out."
 
@@ -527,7 +527,7 @@ class LeftOut(dict):
         return [f"Left out, {why}: {', '.join(os.path.relpath(path, root) for path in paths[:most])}"
                 + f" and {len(paths) - most} more" * (len(paths) > most) + "." for why, paths in self.items()]
 
-# %% ../nbs/92_data.ipynb #183a5b23
+# %% ../nbs/92_data.ipynb #3103c385
 def is_picture(file: Path) -> bool:
     "Whether a file is to be read as a picture."
     if file.suffix.lower() in SUFFIXES:
@@ -537,7 +537,7 @@ def is_picture(file: Path) -> bool:
     except ValueError as error:
         return "too large a picture" in str(error)
 
-
+# %% ../nbs/92_data.ipynb #f5768ab8
 def pictures_below(
     folder: Path,
     left_out: LeftOut,
@@ -560,12 +560,12 @@ def pictures_below(
             left_out.add(path, f"no image ({', '.join(FORMATS)})")
     return found
 
-# %% ../nbs/92_data.ipynb #d369319f
+# %% ../nbs/92_data.ipynb #bd5a42b8
 def number_of(name: str) -> int | None:
     "The number that a name is, if it is a whole one."
     return int(name) if re.fullmatch(r"[+-]?\d+", name) else None
 
-
+# %% ../nbs/92_data.ipynb #1c5093b7
 def in_order(names: list[str]) -> list[str]:
     "Names of classes in the order of their numbers, or a ValueError if two are of one class."
     numbers = None not in map(number_of, names)
@@ -576,7 +576,7 @@ def in_order(names: list[str]) -> list[str]:
         raise ValueError(f"the folders {' and '.join(twice)} would be one class: expected one folder a class")
     return sorted(names, key=number_of) if numbers else sorted(names)
 
-# %% ../nbs/92_data.ipynb #cef9d6c7
+# %% ../nbs/92_data.ipynb #6aa5b84a
 def sub_folders(
     folder: Path,
     left_out: LeftOut,  # files beside them are added to it
@@ -594,7 +594,7 @@ def sub_folders(
             left_out.add(path, "beside the folders of the classes")
     return found
 
-
+# %% ../nbs/92_data.ipynb #be71457e
 def classes_in(
     folder: Path,  # with a folder for each class
     left_out: LeftOut,
@@ -678,6 +678,28 @@ def files_of(
             raise ValueError(f"{folder} is no folder of images: there are none in {where}")
     return splits
 
+# %% ../nbs/92_data.ipynb #a6b31e50
+def place_name(path) -> str:
+    "What a data set is called that lies at a path: as its file or folder."
+    return Path(path).stem if Path(path).suffix == ".npz" else Path(path).resolve().name
+
+# %% ../nbs/92_data.ipynb #da062c69
+def labels_and_notes(
+    splits: dict,  # split to class to pictures
+    notes: list,  # what is to be said is added to it
+) -> dict:  # split to (N,) int64
+    "The labels of all pictures."
+    names = [*splits["test"]]
+    numbers = [*map(number_of, names)]
+    moved = [f"folder {name} is class {k}" for k, name in enumerate(names) if numbers[k] != k]
+    if moved and None not in numbers:
+        notes.append(f"The folders do not count from 0 without a gap: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)} "
+                     f"(an empty folder would fill a gap).")
+    if empty := [name for name in names if not any(classes[name] for classes in splits.values())]:
+        notes.append(f"Classes without an image: {', '.join(empty)}.")
+    return {split: np.repeat(np.arange(len(names)), [len(files) for files in classes.values()])
+            for split, classes in splits.items()}
+
 # %% ../nbs/92_data.ipynb #695aa450
 def read_folder(
     path,  # of a folder with one sub-folder a class, or with train and test in it
@@ -690,24 +712,10 @@ def read_folder(
         raise ValueError(f"{path} is no folder of images: expected one sub-folder a class, with images in it ({error})"
                          ) from error
     x = read_pictures({split: sum(classes.values(), []) for split, classes in splits.items()}, notes)
-    y = {split: np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
-         for split, classes in splits.items()}
-    names = [*splits["test"]]
-    numbers = [*map(number_of, names)]
-    moved = [f"folder {name} is class {k}" for k, name in enumerate(names) if numbers[k] != k]
-    if moved and None not in numbers:
-        notes.append(f"The folders do not count from 0 without a gap: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)} "
-                     f"(an empty folder would fill a gap).")
-    if empty := [name for name in names if not any(classes[name] for classes in splits.values())]:
-        notes.append(f"Classes without an image: {', '.join(empty)}.")
+    y = labels_and_notes(splits, notes)
     none = x["test"][:0], y["test"][:0]
     return Dataset(place_name(path), x.get("train", none[0]), y.get("train", none[1]), x["test"], y["test"],
-                   class_names=names, notes=(*notes, *left_out.notes(path)))
-
-
-def place_name(path) -> str:
-    "What a data set is called that lies at a path: as its file or folder."
-    return Path(path).stem if Path(path).suffix == ".npz" else Path(path).resolve().name
+                   class_names=tuple(splits["test"]), notes=(*notes, *left_out.notes(path)))
 
 # %% ../nbs/92_data.ipynb #5e2f38ce
 def is_path(name) -> bool:
@@ -768,8 +776,8 @@ def hold_out(
     total = len(dataset.x_train)
     size = max(min(total // 10, 1000), dataset.num_classes) if size is None else size
     check_held_out(dataset, size)
-    places = np.arange(total, dtype=np.int32)
-    train, val = map(np.sort, train_test_split(places, test_size=size, stratify=dataset.y_train, random_state=seed))
+    train, val = map(np.sort, train_test_split(np.arange(total, dtype=np.int32), test_size=size,
+                                               stratify=dataset.y_train, random_state=seed))
     return replace(dataset, x_train=dataset.x_train[train], y_train=dataset.y_train[train],
                    x_test=dataset.x_train[val], y_test=dataset.y_train[val])
 

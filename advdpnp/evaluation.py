@@ -318,7 +318,7 @@ class Plan:
         data, places = self.dataset, self.order[:rows] if np.ndim(rows) == 0 else self.order[rows]
         return Loader(data.x_test[places], data.y_test[places], self.batch_size, device=self.device)
 
-# %% ../nbs/60_evaluation.ipynb #ed86adf2
+# %% ../nbs/60_evaluation.ipynb #1e252f6a
 @patch(as_prop=True)
 def as_they_are(self: Plan) -> bool:
     "Whether all test images are taken in their own order."
@@ -331,7 +331,7 @@ def check_rows(self: Plan) -> np.ndarray:  # places in `order`
     order = image_order(self.dataset, self.images, self.check_images) if self.as_they_are else np.arange(self.images)
     return order[: self.check_images]
 
-
+# %% ../nbs/60_evaluation.ipynb #4251facd
 def check_budgets(
     attacks: list,  # each with `eps`
     shape: tuple,  # (H, W, C) of an image
@@ -368,7 +368,7 @@ def make_plan(
     return Plan(dataset, attacks, image_order(dataset, n, fewest), limits, int(min(check_images, fewest)),
                 int(batch_size), int(seed), device)
 
-# %% ../nbs/60_evaluation.ipynb #b8f88ba7
+# %% ../nbs/60_evaluation.ipynb #b292a907
 @patch
 def subset(self: Plan) -> dict | None:
     "How the images were chosen, for the record; None: all, in their order."
@@ -382,7 +382,7 @@ def remarks(self: Plan) -> list[str]:
     y, names = self.dataset.y_test, self.dataset.class_names
     return [said for n in counts if (said := lacking(y, self.order[:n], names, "test images"))]
 
-
+# %% ../nbs/60_evaluation.ipynb #e849c0be
 def images_of(
     record: dict,  # from `evaluate`
     dataset: Dataset,  # that it is of
