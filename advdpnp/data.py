@@ -683,7 +683,7 @@ def place_name(path) -> str:
     "What a data set is called that lies at a path: as its file or folder."
     return Path(path).stem if Path(path).suffix == ".npz" else Path(path).resolve().name
 
-# %% ../nbs/92_data.ipynb #da062c69
+# %% ../nbs/92_data.ipynb #c062bb77
 def labels_and_notes(
     splits: dict,  # split to class to pictures
     notes: list,  # what is to be said is added to it
@@ -693,8 +693,9 @@ def labels_and_notes(
     numbers = [*map(number_of, names)]
     moved = [f"folder {name} is class {k}" for k, name in enumerate(names) if numbers[k] != k]
     if moved and None not in numbers:
-        notes.append(f"The folders do not count from 0 without a gap: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)} "
-                     f"(an empty folder would fill a gap).")
+        more = ", ..." * (len(moved) > 3)
+        notes.append(f"The folders do not count from 0 without a gap: {', '.join(moved[:3])}{more} (an empty folder "
+                     f"would fill a gap).")
     if empty := [name for name in names if not any(classes[name] for classes in splits.values())]:
         notes.append(f"Classes without an image: {', '.join(empty)}.")
     return {split: np.repeat(np.arange(len(names)), [len(files) for files in classes.values()])

@@ -82,7 +82,8 @@ def test_links_at_the_top(pets):
     os.symlink(pets / "cat", pets / "kitten")  # a class that lies elsewhere is one
     read = read_folder(pets)
     assert read.class_names == ("cat", "dog", "kitten") and read.y_test.tolist() == [0, 0, 1, 2, 2]
-    assert read.notes == ("Left out, a link to nothing: nowhere.", "Left out, a link back to a folder that it lies in: up.")
+    assert read.notes == ("Left out, a link to nothing: nowhere.",
+                          "Left out, a link back to a folder that it lies in: up.")
 
 
 @pytest.mark.parametrize("names, said", [(["1", "2", "3"], "folder 1 is class 0, folder 2 is class 1"),
