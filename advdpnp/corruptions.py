@@ -8,8 +8,8 @@ __all__ = ['CORRUPTIONS', 'RED_GREEN_BLUE', 'STANDARD', 'GROUPS', 'BLOCK', 'PUBL
            'smear', 'motion_blur', 'weights_of_enlarging', 'enlarge', 'zoom_blur', 'luminance', 'tinted', 'snow',
            'ridges', 'frosted_windows', 'frost', 'clouds', 'fog', 'brightness', 'contrast', 'skewed_places',
            'elastic_transform', 'as_pictures', 'pixelate', 'jpeg_compression', 'whole_numbers', 'check_photos',
-           'corrupt', 'check_published', 'published_files', 'CorruptedImages', 'recipe_of', 'workers',
-           'at_all_severities', 'make_missing', 'corrupted_images', 'recognised', 'mean_and_interval',
+           'corrupt', 'Published', 'md5_of', 'check_published', 'published_files', 'CorruptedImages', 'recipe_of',
+           'workers', 'at_all_severities', 'make_missing', 'corrupted_images', 'recognised', 'mean_and_interval',
            'corruption_accuracy']
 
 # %% ../nbs/66_corruptions.ipynb #acc61872
@@ -393,32 +393,68 @@ def corrupt(
     return found
 
 # %% ../nbs/66_corruptions.ipynb #a3226cd5
-PUBLISHED = {  # file of CIFAR-10-C to its md5
-    "gaussian_noise": "ecaf8b9a2399ffeda7680934c33405fd", "shot_noise": "3a7239bb118894f013d9bf1984be7f11",
-    "impulse_noise": "2090e01c83519ec51427e65116af6b1a", "defocus_blur": "7d1322666342a0702b1957e92f6254bc",
-    "glass_blur": "7361fb4019269e02dbf6925f083e8629", "motion_blur": "fffa5f852ff7ad299cfe8a7643f090f4",
-    "zoom_blur": "6ea8e63f1c5cdee1517533840641641b", "snow": "bb238de8555123da9c282dea23bd6e55",
-    "frost": "31f6ab3bce1d9934abfb0cc13656f141", "fog": "7b397314b5670f825465fbcd1f6e9ccd",
-    "brightness": "0a81ef75e0b523c3383219c330a85d48", "contrast": "3c8262171c51307f916c30a3308235a8",
-    "elastic_transform": "9421657c6cd452429cf6ce96cc412b5f", "pixelate": "0f14f7e2db14288304e1de10df16832f",
-    "jpeg_compression": "2b9cc4c864e0193bb64db8d7728f8187", "labels": "c439b113295ed5254878798ffe28fd54",
+@dataclass(frozen=True)
+class Published:
+    "Published files of corrupted images."
+
+    folder: str
+    record: int  # at Zenodo, of its archive
+    md5: dict  # of each file
+
+
+PUBLISHED = {  # data set to its files
+    "cifar10": Published("CIFAR-10-C", 2535967, {
+        "gaussian_noise": "ecaf8b9a2399ffeda7680934c33405fd", "shot_noise": "3a7239bb118894f013d9bf1984be7f11",
+        "impulse_noise": "2090e01c83519ec51427e65116af6b1a", "defocus_blur": "7d1322666342a0702b1957e92f6254bc",
+        "glass_blur": "7361fb4019269e02dbf6925f083e8629", "motion_blur": "fffa5f852ff7ad299cfe8a7643f090f4",
+        "zoom_blur": "6ea8e63f1c5cdee1517533840641641b", "snow": "bb238de8555123da9c282dea23bd6e55",
+        "frost": "31f6ab3bce1d9934abfb0cc13656f141", "fog": "7b397314b5670f825465fbcd1f6e9ccd",
+        "brightness": "0a81ef75e0b523c3383219c330a85d48", "contrast": "3c8262171c51307f916c30a3308235a8",
+        "elastic_transform": "9421657c6cd452429cf6ce96cc412b5f", "pixelate": "0f14f7e2db14288304e1de10df16832f",
+        "jpeg_compression": "2b9cc4c864e0193bb64db8d7728f8187", "labels": "c439b113295ed5254878798ffe28fd54",
+    }),
+    "cifar100": Published("CIFAR-100-C", 3555552, {
+        "gaussian_noise": "ecc4d366eac432bdf25c024086f5e97d", "shot_noise": "b0a1fa6e1e465a747c1b204b1914048a",
+        "impulse_noise": "3b3c210ddfa0b5cb918ff4537a429fef", "defocus_blur": "d923e3d9c585a27f0956e2f2ad832564",
+        "glass_blur": "0bf384f38e5ccbf8dd479d9059b913e1", "motion_blur": "732a7e2e54152ff97c742d4c388c5516",
+        "zoom_blur": "0204613400c034a81c4830d5df81cb82", "snow": "0237be164583af146b7b144e73b43465",
+        "frost": "3a39c6823bdfaa0bf8b12fe7004b8117", "fog": "4efc7ebd5e82b028bdbe13048e3ea564",
+        "brightness": "f22d7195aecd6abb541e27fca230c171", "contrast": "322bb385f1d05154ee197ca16535f71e",
+        "elastic_transform": "a0792bd6581f6810878be71acedfc65a", "pixelate": "96c00c60f144539e14cffb02ddbd0640",
+        "jpeg_compression": "c851b7f1324e1d2ffddeb76920576d11", "labels": "bb4026e9ce52996b95f439544568cdb2",
+    }),
 }
+
+# %% ../nbs/66_corruptions.ipynb #7bd3a1c7
+@lru_cache(None)
+def md5_of(
+    file: Path,
+    size: int,  # in bytes; this and the next decide whether the file has changed
+    changed: int,  # when, in nanoseconds
+) -> str:  # in hexadecimal
+    "A file's md5, read once."
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "md5").hexdigest()
 
 # %% ../nbs/66_corruptions.ipynb #185af0b2
 def check_published(
-    file: Path,  # of CIFAR-10-C
+    file: Path,
+    of: Published,  # that it is one of
 ):
     "Raise a ValueError unless a file is there and whole."
-    advice = f"unpack CIFAR-10-C.tar (Zenodo record 2535967) again, or move {file.parent} away to have images made here"
+    advice = (f"unpack {of.folder}.tar (Zenodo record {of.record}) again, or move {file.parent} away to have images "
+              f"made here")
     if not file.exists():
         raise ValueError(f"{file} is missing: {advice}")
-    md5 = hashlib.md5(file.read_bytes()).hexdigest()
-    if md5 != PUBLISHED[file.stem]:
-        raise ValueError(f"{file} is damaged (md5 {md5}, expected {PUBLISHED[file.stem]}): {advice}")
+    about = file.stat()
+    md5 = md5_of(file, about.st_size, about.st_mtime_ns)
+    if md5 != of.md5[file.stem]:
+        raise ValueError(f"{file} is damaged (md5 {md5}, expected {of.md5[file.stem]}): {advice}")
 
 # %% ../nbs/66_corruptions.ipynb #5430ce9e
 def published_files(
-    folder: Path,  # CIFAR-10-C, unpacked
+    folder: Path,  # CIFAR-10-C or CIFAR-100-C, unpacked
+    of: Published,
     labels: np.ndarray,  # (10000,) of the test images
     names,
 ) -> dict:  # corruption to file
@@ -426,9 +462,10 @@ def published_files(
     files = {name: Path(folder) / f"{name}.npy" for name in names}
     labelled = Path(folder) / "labels.npy"
     for file in (*files.values(), labelled):
-        check_published(file)
+        check_published(file, of)
     if not np.array_equal(np.load(labelled), np.tile(labels, 5)):
-        raise ValueError(f"{folder} has other labels than the test images: expected CIFAR-10's, in the official order")
+        raise ValueError(f"{folder} has other labels than the test images: expected those of the data set, in the "
+                         f"official order")
     return files
 
 # %% ../nbs/66_corruptions.ipynb #2d9a1a96
@@ -521,21 +558,21 @@ def make_missing(
 # %% ../nbs/66_corruptions.ipynb #a8387b64
 def corrupted_images(
     dataset: Dataset,
-    data_dir="data",  # with CIFAR-10-C in it, or the folder for images made here
+    data_dir="data",  # with CIFAR-10-C or CIFAR-100-C in it, or the folder for images made here
     names=STANDARD,
     images: int | None = None,  # only the first so many test images; None: all
     seed: int = 0,  # of images made here
     jobs: int | str = 1,  # processes; "auto": all cores, for few images one; > 1 needs `if __name__ == "__main__":`
     quiet: bool = False,  # no progress bar
 ) -> CorruptedImages:
-    "The published files of CIFAR-10-C if they are there, otherwise images made by the same recipe."
+    "The published files of CIFAR-10-C or CIFAR-100-C if they are there, otherwise images made by the same recipe."
     names = [one_of(name, CORRUPTIONS, "corruption") for name in names]
     if images is not None and images < 1:
         raise ValueError(f"images is {images}: expected at least 1, or None for all")
-    x, published = dataset.x_test[:images], Path(data_dir) / "CIFAR-10-C"
-    if dataset.name == "cifar10" and published.is_dir():
-        files, about = published_files(published, dataset.y_test, names), dict(source="published")
-        return CorruptedImages(dataset, files, len(x), about | dict(md5={name: PUBLISHED[name] for name in names}))
+    x, of = dataset.x_test[:images], PUBLISHED.get(dataset.name)
+    if of and (Path(data_dir) / of.folder).is_dir():
+        files = published_files(Path(data_dir) / of.folder, of, dataset.y_test, names)
+        return CorruptedImages(dataset, files, len(x), dict(source="published", md5={n: of.md5[n] for n in names}))
     folder, about = Path(data_dir) / f"{dataset.name}-C-{len(x)}", recipe_of(x, seed)
     claim_folder(folder, about)
     files = {name: folder / f"{name}.npy" for name in names}

@@ -18,7 +18,7 @@ from .attacks import PGD, correct, robust_to
 from .core import one_of, read_json, replacing, write_json
 from .data import Loader
 from .evaluation import accuracy
-from .runs import Ledger, chosen_by, load_checkpoint, provenance, sha256_of
+from .runs import Ledger, called, chosen_by, load_checkpoint, provenance, sha256_of
 from .sanity import failed
 from .still import device_of, full_precision
 from .tables import LABELS, interval, markdown
@@ -171,7 +171,7 @@ def publish(
     name: str | None = None,  # None: method, data set and preset
 ) -> Path:  # the folder: best.safetensors, config.json, README.md
     "Put a run's best epoch into `<data_dir>/weights`, in half precision, with its card."
-    name = name or f"{config['method']}-{config['dataset']}-{config['preset']}".replace(" ", "-")
+    name = name or f"{config['method']}-{called(config['dataset'])}-{config['preset']}".replace(" ", "-")
     folder = ledger.data_dir / "weights" / name
     check_publishable(ledger, config, folder)
     weights = in_half(load_file(ledger.folder(config) / "best.safetensors"))

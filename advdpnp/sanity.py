@@ -356,10 +356,11 @@ def sanity(
     attack: PGD,  # with the budget and the steps that are to be trusted
     stages: dict | None = None,  # AutoAttack's: name to (M,) bool, each over as many images
     twin: nn.Module | None = None,  # the same architecture, undefended
+    chance: float | None = None,  # per cent: what guessing one class gets on the whole test set; None: on the loader's
 ) -> dict:  # checks: outcomes; curve and path: what they were judged by
     "Every check on one model."
     x, y = loader.take(torch.arange(len(loader.x)))
-    n, chance = len(x), 100 * y.bincount().max().item() / len(x)
+    n, chance = len(x), 100 * y.bincount().max().item() / len(x) if chance is None else chance
     size = max(loader.batch_size, 2)  # an image alone shows nothing of how batches matter
     grey, threat = grey_budget(attack.norm, x[0].numel()), ThreatModel(attack.eps, attack.norm)
     budgets = sorted({min(attack.eps * factor, grey) for factor in (0.25, 0.5, 1, 1.5, 2)} | {grey})

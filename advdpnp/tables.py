@@ -8,8 +8,8 @@ __all__ = ['TABLES', 'KINDS', 'ABLATION', 'QUICK_ABLATION', 'SWEEPS', 'ROWS', 'L
            'accuracies', 'checks_of', 'sizes', 'tabulate', 'markdown', 'interval', 'accuracy_cell', 'readable',
            'failed_checks', 'setting', 'published', 'corruption_rows', 'geometry_rows', 'numbers', 'corruption_text',
            'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap', 'verdicts_of', 'fronts_apart',
-           'tradeoff_rows', 'tradeoff_text', 'result_text', 'table_files', 'save', 'Table', 'Plan', 'plan_table',
-           'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table', 'data_folder', 'kept_text']
+           'tradeoff_rows', 'tradeoff_text', 'mixed_images', 'result_text', 'table_files', 'save', 'Table', 'Plan',
+           'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table', 'data_folder', 'kept_text']
 
 # %% ../nbs/72_tables.ipynb #154364e4
 import itertools
@@ -23,9 +23,10 @@ from fastcore.basics import patch
 
 from .core import one_of, replacing
 from .corruptions import GROUPS
+from .data import is_path
 from .evaluation import from_digits
 from .methods import METHODS
-from .runs import FEW, Ledger, make_config, status
+from .runs import FEW, Ledger, check_same_images, make_config, status
 
 # %% ../nbs/72_tables.ipynb #84c927c3
 TABLES = {1: "cifar10", 2: "cifar100", 3: "svhn", 4: "cifar10", 5: "cifar10", 6: "cifar10", 7: "cifar10"}  # their data
@@ -80,10 +81,10 @@ ROWS = {  # of the tables in which a row is more than a method: its name, and it
 def chosen_rows(
     number: int,  # one of `TABLES`
     preset: str,  # one of `PRESETS`
-    methods: str = "",  # with commas; empty: the usual ones
+    methods: str | list[str] = "",  # with commas, or a list; empty: the usual ones
 ) -> list[str]:  # names of methods; in tables 6 and 7, names in `ROWS`
     "The rows of a table."
-    named = [name.strip() for name in methods.split(",") if name.strip()]
+    named = [name.strip() for name in (methods.split(",") if isinstance(methods, str) else methods) if name.strip()]
     if number in ROWS:
         usual = QUICK_ABLATION if (number, preset) == (6, "quick") else ROWS[number]
         return [one_of(row, ROWS[number], f"row of table {number}") for row in named or usual]
@@ -93,13 +94,13 @@ def chosen_rows(
 def chosen_seeds(
     number: int,  # one of `TABLES`
     preset: str,  # one of `PRESETS`
-    seeds: str = "auto",  # with commas; auto: three for paper, and for tables 1, 4 and 5 at small; else one
+    seeds: str | list[int] = "auto",  # with commas; auto: three for paper, and for tables 1, 4 and 5 at small; else one
 ) -> list[int]:
     "The seeds of a table."
     if str(seeds) == "auto":
         return [0, 1, 2] if preset == "paper" or preset == "small" and number in (1, 4, 5) else [0]
     try:
-        return [int(seed) for seed in str(seeds).split(",")]
+        return [int(seed) for seed in (seeds if isinstance(seeds, (list, tuple)) else str(seeds).split(","))]
     except ValueError:
         raise ValueError(f"seeds are {seeds!r}: expected whole numbers, such as 0 or 0,1,2") from None
 
@@ -115,6 +116,9 @@ def table_runs(
     "The runs that a table needs."
     about = TABLES[one_of(number, TABLES, "table")]
     preset = make_config("standard", preset, device=device)["preset"]
+    if dataset and is_path(dataset):
+        raise ValueError(f"dataset is {str(dataset)!r}: expected a name, such as cifar10, or that of an archive "
+                         f"<name>.npz in the data folder, because it names the table's files")
     dataset = dataset or ("digits" if preset == "quick" else about)
     cells = itertools.product(chosen_seeds(number, preset, seeds), chosen_rows(number, preset, methods))
     runs = []
@@ -397,6 +401,7 @@ def verdicts_of(records: list[dict]) -> np.ndarray:  # (2, P, N): P rows, N imag
 # %% ../nbs/72_tables.ipynb #51f7df19
 def fronts_apart(records: list[dict]) -> str:  # empty without Adv-DPNP, or with nothing else
     "How far the front of Adv-DPNP is above that of each other method, in Markdown."
+    check_same_images(records)
     methods = {method: verdicts_of(runs) for method, runs in grouped(records, lambda r: r["config"]["method"]).items()}
     ours = methods.pop("Adv-DPNP", None)
     if ours is None or not methods:
@@ -461,13 +466,22 @@ READING = {
 - Intervals are over test images, not over seeds. How fronts are compared is told in [72_tables](72_tables.ipynb).""",
 }
 
+# %% ../nbs/72_tables.ipynb #83efd199
+def mixed_images(
+    records: list[dict],  # of kind "result"
+) -> str:  # a sentence; empty if all are of the same choice
+    "Whether some records are of the first test images, as in earlier versions, and others of a stratified subset."
+    chosen = {json.dumps(record["best"].get("subset"), sort_keys=True) for record in records}
+    return ("Some of these records are of the first test images, as in earlier versions, others of a stratified "
+            "subset." if len(chosen) > 1 else "")
+
 # %% ../nbs/72_tables.ipynb #fb10682b
 def result_text(records: list[dict], data_dir=None) -> str:  # data_dir: with published numbers; None: without them
     "Accuracies of the best and the last epoch in Markdown, with what failed, and published numbers below."
     config = records[0]["config"]
     parts = ["Best epoch, chosen on held-out training images:", readable(records), failed_checks(records),
              "Last epoch:", readable(records, "last"), failed_checks(records, "last"),
-             setting(records, f"eps {config['eps']:.4g}")]
+             setting(records, f"eps {config['eps']:.4g}"), mixed_images(records)]
     others = published(config["dataset"], data_dir) if data_dir else ""
     if others:
         size = f"{config['side']} pixels, " if config.get("side") else ""
@@ -497,7 +511,7 @@ def save(stem, texts: dict[str, str]) -> list[Path]:  # stem: such as data/resul
     paths = [Path(f"{stem}{suffix}") for suffix in texts]
     for path, text in zip(paths, texts.values()):
         with replacing(path) as part:
-            part.write_text(text)
+            part.write_text(text, encoding="utf-8")
     return paths
 
 # %% ../nbs/72_tables.ipynb #ed69f7eb
@@ -528,7 +542,8 @@ def trained(self: Table):
 @patch(as_prop=True)
 def text(self: Table):
     "The table in Markdown, and what is left to do."
-    table = next((path.read_text() for path in self.files if path.suffix == ".md"), "No run is finished.\n")
+    made = (path.read_text(encoding="utf-8") for path in self.files if path.suffix == ".md")
+    table = next(made, "No run is finished.\n")
     return "\n".join([table, *(f"- not finished yet: {line}" for line in self.left)])
 
 
@@ -660,4 +675,4 @@ def data_folder(given="") -> Path:
 def kept_text(name: str, data_dir="") -> str:  # name: such as "table2.small"; Markdown, empty if it is not there
     "The text of a table in the folder `results`, without published numbers."
     path = data_folder(data_dir) / "results" / f"{name}.md"
-    return path.read_text().split("\n\nPublished")[0] if path.exists() else ""
+    return path.read_text(encoding="utf-8").split("\n\nPublished")[0] if path.exists() else ""

@@ -127,8 +127,8 @@ def test_evaluation_stays_on_its_device(few, norm, tmp_path):
 def test_a_run_goes_on_on_its_device(tmp_path, monkeypatch):
     late = lambda self, deadline: deadline < float("inf") and (self.epoch, self.batch) == (1, 1)
     monkeypatch.setattr(Trainer, "_late", late)
-    first_images = lambda ledger, config: Loader(data.x_test[:10], data.y_test[:10], 5, device=ledger.device)
-    monkeypatch.setattr(advdpnp.runs, "first_images", first_images)
+    some_images = lambda ledger, config: Loader(data.x_test[:10], data.y_test[:10], 5, device=ledger.device)
+    monkeypatch.setattr(advdpnp.runs, "some_images", some_images)
     data = advdpnp.load_dataset("digits")
 
     def run(device):

@@ -1,5 +1,6 @@
 "The command, as a user types it."
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -32,6 +33,10 @@ class Slow(torch.nn.Module):
 
 def slow():
     return Slow().eval()
+
+def bright():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)).eval()
 
 def wrong():
     return 3
@@ -86,6 +91,62 @@ def test_images_from_an_npz_and_from_a_folder(here, digits):
     assert found[0]["fgsm"] == found[1]["fgsm"]
 
 
+def pictures(folder, *splits, count=24):
+    "Two classes that differ in brightness."
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for name, grey in (("10", 190), ("9", 60)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                x = (grey + rng.integers(-20, 20, (8, 8, 3))).astype(np.uint8)
+                PIL.Image.fromarray(x).save(folder / split / name / f"{i}.png")
+
+
+def test_a_folder_with_train_and_test_in_it_is_trained_on_and_evaluated(here):
+    pictures(here / "photos", "train", "test")
+    (here / "photos/train/notes.txt").write_text("words")
+    words = ["--preset", "quick", "--set", "epochs=2", "--set", "steps=1", "--device", "cpu", "--quiet"]
+    done = run("train", "Adv-DPNP", "--dataset", "photos", *words)
+    assert done.exit_code == 1 and "photos is a folder: with a slash, photos/" in done.stderr
+    done = run("train", "Adv-DPNP", "--dataset", "photos/", *words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[0] == (
+        "photos, classes and their training + test images: 0 = 9 (24 + 24), 1 = 10 (24 + 24)")
+    assert "notes.txt" in done.stdout and done.stdout.count("classes and their") == 1
+    folder, = (here / "data/runs/photos").iterdir()
+    assert "val_size=4" in folder.name  # a tenth: the preset's 200 are more than there are
+    assert run("train", "Adv-DPNP", "--dataset", "./photos/", *words).exit_code == 0  # it is there
+    assert run("evaluate", folder, "--attacks", "fgsm", "--quiet").exit_code == 0
+    done = run("evaluate", folder, "--dataset", "photos/test/", "--attacks", "fgsm", "--quiet", "--output", "o.json")
+    assert done.exit_code == 0 and "test, classes and their test images: 0 = 9 (24), 1 = 10 (24)" in done.stdout
+    assert json.loads((here / "o.json").read_text())["n"] == 48
+
+
+def test_a_subset_is_stratified_and_said(here):
+    for k in range(10):
+        (here / "sorted" / str(k)).mkdir(parents=True)
+        for i in range(30 if k else 270):
+            PIL.Image.fromarray(np.full((8, 8), 20 * k + 5, np.uint8)).save(here / "sorted" / str(k) / f"{i}.png")
+    done = run("evaluate", "their_models:linear", "--dataset", "sorted/", "--images", 20, "--autoattack-images", 5,
+               "--attacks", "fgsm,autoattack", "--quiet", "--output", "o.json")
+    assert done.exit_code == 0, done.output
+    record = json.loads((here / "o.json").read_text())
+    assert record["subset"] == dict(order="stratified", seed=0, of=540) and len(record["remarks"]) == 1
+    assert "20 of 540 test images, stratified, seed 0." in done.stdout
+    assert "The 5 of 540 test images that are used have none of class" in done.stdout
+
+
+def test_an_old_terminal_gets_other_characters_and_a_record(here):
+    pictures(here / "photos", "\u72ac")  # dog
+    words = ["evaluate", "their_models:bright", "--dataset", "photos/\u72ac/", "--attacks", "autoattack",
+             "--images", "2", "--output", "o.json", "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "advdpnp", *words], cwd=here, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp437"})
+    assert done.returncode == 0, done.stderr.decode()
+    said = done.stdout.decode("cp437")
+    assert "after square" in said and said.index("o.json") < said.index("| clean |") and (here / "o.json").exists()
+
+
 def test_interrupted_it_goes_on(here):
     "In processes of its own: a signal ends the first, the second goes on."
     words = ["evaluate", "their_models:slow", "--dataset", "digits", "--eps", "0.1", "--images", "40", "--batch-size",
@@ -117,6 +178,7 @@ MODEL, DATA = ["their_models:linear"], ["--dataset", "digits"]
     ([*MODEL, *DATA, "--attacks", "pgd"], "unknown attack 'pgd': did you mean 'pgd20'"),
     ([*MODEL, *DATA, "--attacks", "prototype"], "unknown attack 'prototype'"),
     ([*MODEL, *DATA, "--norm", "l2"], "--norm l2 needs --eps"),
+    ([*MODEL, *DATA, "--norm", "l2", "--eps", "128"], "eps is 128 in l2: no two images of 8x8x1"),
     ([*MODEL, *DATA, "--robustbench", "x.json", "--autoattack-images", "5"], "on the images of the clean accuracy"),
     ([*MODEL, *DATA, "--attacks", "fgsm", "--autoattack-images", "5"], "needs the attack autoattack"),
     ([*MODEL, *DATA, "--norm", "l1"], "unknown norm 'l1'"),
@@ -135,6 +197,10 @@ def test_mistakes_get_a_sentence(here, words, message):
     (["train", "Trades"], "did you mean 'TRADES'"),
     (["train", "TRADES", "--preset", "qick"], "did you mean 'quick'"),
     (["train", "TRADES", "--set", "lr"], "setting 'lr': expected key=value"),
+    (["train", "TRADES", "--set", "lr=0,1"], "lr is '0,1': expected a number"),
+    (["train", "TRADES", "--set", "lr=inf"], "lr is 'inf': expected a number"),
+    (["train", "TRADES", "--set", "epochs=1."], "epochs is 1.0: expected a whole number"),
+    (["train", "TRADES", "--dataset", "photos/"], "photos is no folder of images"),
     (["train", "TRADES", "--set", "seed=1"], "seed has a place of its own in the command"),
     (["train", "TRADES", "--set", "epoch=3"], "unknown parameter 'epoch': did you mean 'epochs'"),
     (["train", "TRADES", "--time-limit", "soon"], "expected something like 90s, 9m or 1h30m"),
@@ -155,6 +221,8 @@ def test_mistakes_in_other_commands_get_a_sentence(here, words, message):
 @pytest.mark.parametrize("parse, text, message", [
     (parse_eps, "8:255", "eps is '8:255': expected a number or a fraction"),
     (parse_eps, "1/0", "eps is '1/0'"),
+    (parse_eps, "1e999", "eps is '1e999'"),
+    (parse_eps, "nan", "eps is 'nan'"),
     (parse_time, "", "time limit is '': expected something like"),
     (parse_time, "9min", "time limit is '9min'"),
     (parse_settings, ["preset=quick"], "preset has a place of its own"),
@@ -167,6 +235,11 @@ def test_mistakes_in_other_commands_get_a_sentence(here, words, message):
 def test_words_that_mean_nothing(here, parse, text, message):
     with pytest.raises(ValueError, match=message):
         parse(text)
+
+
+def test_numbers_as_people_write_them():
+    found = parse_settings(["lr=.1", "weight_decay=1.", "epochs=+3", "beta=5e-1", "ema= .5", "eps=8 / 255"])
+    assert found == dict(lr=0.1, weight_decay=1.0, epochs=3, beta=0.5, ema=0.5, eps=8 / 255)
 
 
 @pytest.mark.parametrize("error, code", [(ValueError("no"), 1), (OSError("no"), 1), (FloatingPointError("no"), 1),

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def test_the_fifteen_are_those_of_the_benchmark_in_its_order():
         "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
         "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression")
     assert [name for names in GROUPS.values() for name in names] == [*STANDARD] == [*CORRUPTIONS]
-    assert [*GROUPS] == ["noise", "blur", "weather", "digital"] and {*PUBLISHED} == {*STANDARD, "labels"}
+    assert [*GROUPS] == ["noise", "blur", "weather", "digital"]
+    assert all({*of.md5} == {*STANDARD, "labels"} for of in PUBLISHED.values())
 
 
 SUMS = dict(  # of all values at five severities, seed 3, block 2, as of version 0.1
@@ -454,10 +456,11 @@ def test_a_severity_is_of_the_data_set_and_smaller_if_asked(tmp_path):
             found.at(name, severity)
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    "A small CIFAR-10 of 40 test images, its corrupted files of 200 rows, and their md5 where ours are."
-    dataset, folder = in_pieces(40, (8, 8, 3), name="cifar10"), tmp_path / "CIFAR-10-C"
+@pytest.fixture(params=["cifar10", "cifar100"])
+def published(request, tmp_path, monkeypatch):
+    "A small CIFAR of 40 test images, its corrupted files of 200 rows, and their md5 where ours are."
+    of = PUBLISHED[request.param]
+    dataset, folder = in_pieces(40, (8, 8, 3), name=request.param), tmp_path / of.folder
     folder.mkdir()
     rows = {name: RNG.integers(0, 256, (200, 8, 8, 3), dtype=np.uint8) for name in ("fog", "frost")}
 
@@ -465,7 +468,7 @@ def published(tmp_path, monkeypatch):
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array)
         md5 = {path.stem: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-        monkeypatch.setattr(corruptions, "PUBLISHED", PUBLISHED | md5)
+        monkeypatch.setitem(PUBLISHED, request.param, replace(of, md5=of.md5 | md5))
 
     write(**rows, labels=np.tile(dataset.y_test, 5).astype(np.uint8))
     return dataset, folder, rows, write
@@ -486,13 +489,28 @@ def test_published_files_are_used_where_they_are(published, monkeypatch, digits)
                     assert np.array_equal(data.y_test, dataset.y_test[: images or 40])
                     assert np.array_equal(found.at(name, severity, images=7).x_test, rows[name][begin : begin + 7])
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}
+    other = replace(dataset, name={"cifar10": "cifar100", "cifar100": "cifar10"}[dataset.name])
+    assert corrupted_images(other, folder.parent, ["fog"], images=5, quiet=True).about["source"] == "generated"
     assert corrupted_images(digits, folder.parent, ["fog"], images=5, quiet=True).about["source"] == "generated"
+
+
+def test_published_files_are_read_once_for_their_md5(published, monkeypatch):
+    dataset, folder, rows, write = published
+    read = []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (
+        read.append(file.name) or hashlib.new(kind, file.read())))
+    for _ in range(3):
+        corrupted_images(dataset, folder.parent, rows, quiet=True)
+    assert sorted(Path(name).stem for name in read) == sorted([*rows, "labels"])
+    write(fog=255 - rows["fog"])  # another file in its place
+    corrupted_images(dataset, folder.parent, rows, quiet=True)
+    assert Path(read[-1]).stem == "fog" and len(read) == 4
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged", "no labels", "other labels", "other order", "other images"])
 def test_bad_published_files_are_named(published, damage):
     dataset, folder, rows, write = published
-    says = {"missing": "frost.npy is missing: unpack CIFAR-10-C.tar .* again, or move .*CIFAR-10-C away",
+    says = {"missing": "frost.npy is missing: unpack CIFAR-100?-C.tar .* again, or move .*CIFAR-100?-C away",
             "damaged": "frost.npy is damaged .md5 [0-9a-f]{32}, expected [0-9a-f]{32}.: unpack",
             "no labels": "labels.npy is missing"}
     if damage == "missing":
@@ -506,7 +524,7 @@ def test_bad_published_files_are_named(published, damage):
         labels = np.tile(dataset.y_test, 5)
         write(labels={"other labels": (labels + 1) % 10, "other order": np.repeat(dataset.y_test, 5),
                       "other images": labels[:100]}[damage])
-    with pytest.raises(ValueError, match=says.get(damage, "CIFAR-10-C has other labels than the test images")):
+    with pytest.raises(ValueError, match=says.get(damage, "CIFAR-100?-C has other labels than the test images")):
         corrupted_images(dataset, folder.parent, rows, quiet=True)
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}  # nothing is made in their place
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from advdpnp.attacks import CW, FGSM, PGD
 from advdpnp.autoattack import AutoAttack
 from advdpnp.data import Loader
 from advdpnp.evaluation import (OtherEvaluation, Resume, accuracy, as_dataset, check_table, evaluate, from_digits,
-                                percent, report, robustbench_info, standard_attacks, wilson)
+                                images_of, percent, report, robustbench_info, standard_attacks, wilson)
 from advdpnp.sanity import failed
 
 RESULTS = Path(__file__).parent.parent / "data/results"
@@ -156,8 +157,132 @@ def test_anyone_s_images(model, digits):
     for pair in ((x, y), (x.numpy(), y.numpy()), (x.double(), y.int())):
         theirs = evaluate(model, pair, [FGSM(0.1)], quiet=True)
         assert theirs["verdicts"] == ours["verdicts"] and theirs["data_sha256"] == ours["data_sha256"]
-    with pytest.raises(ValueError, match="expected floats in"):
-        as_dataset((255 * x, y), model)
+
+
+class Items(torch.utils.data.Dataset):
+    "Somebody's data set, which gives pictures."
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return PIL.Image.fromarray(self.x[i, ..., 0]), int(self.y[i])
+
+
+def test_images_and_labels_come_in_many_kinds(model, digits):
+    x8, y = digits.x_test[:30], digits.y_test[:30]
+    x = torch.from_numpy(x8).permute(0, 3, 1, 2) / 255
+    ours = as_dataset((x8, y), model)
+    tensors = torch.utils.data.TensorDataset(x, torch.from_numpy(y))
+    for given in ((x.half(), y), (x.double(), y), (x8.transpose(0, 3, 1, 2), y.tolist()),
+                  (torch.from_numpy(x8), torch.from_numpy(y).to(torch.uint8)), [x8 / 255, np.eye(10)[y]],
+                  (x * (1 + 1e-7) - 3e-8, y.astype(float)), ([*x], y), tensors, Items(x8, y),
+                  torch.utils.data.DataLoader(tensors, 7), [(x[:2], y[:2]), (x[2:], y[2:])], Loader(x8, y, 4),
+                  ((x[i : i + 4], y[i : i + 4]) for i in range(0, 30, 4))):
+        assert as_dataset(given, model).sha256 == ours.sha256
+    four = torch.rand(2, 4, 8, 8)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(256, 10)).eval()
+    assert as_dataset((four, [0, 1]), flat).sha256 == as_dataset(
+        ((255 * four).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), [0, 1]), flat).sha256
+    shuffled = torch.utils.data.DataLoader(tensors, 7, shuffle=True)
+    before = torch.get_rng_state()
+    assert as_dataset(shuffled, model).sha256 == as_dataset(shuffled, model).sha256 != ours.sha256
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+IMAGES, LABELS = torch.rand(4, 1, 8, 8), [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("data, message", [
+    ((255 * IMAGES, LABELS), "images range from .*: expected floats in .0, 1., so divide by 255"),
+    ((IMAGES - 0.5, LABELS), "normalise inside the model"),
+    ((IMAGES + torch.tensor([0, 0, 0, float("nan")])[:, None, None, None], LABELS), "images are not numbers .NaN."),
+    (((IMAGES > 0.5).to(torch.uint8), LABELS), "not multiplied by 255"),
+    (((IMAGES > 2).to(torch.uint8), LABELS), "not multiplied by 255"),
+    (((255 * IMAGES).long(), LABELS), r"images are int64 of shape \(4, 1, 8, 8\): expected floats in"),
+    ((IMAGES[0], LABELS), r"images are float32 of shape \(1, 8, 8\)"),
+    ((torch.rand(4, 8, 8), LABELS), r"images are float32 of shape \(4, 8, 8\)"),
+    ((torch.rand(4, 3, 8, 1), LABELS), r"of shape \(4, 3, 8, 1\): expected"),
+    ((IMAGES[:0], []), r"of shape \(0, 1, 8, 8\): expected"),
+    ((IMAGES, LABELS[:3]), r"y_test is int64 \(3,\), expected int64 \(4,\)"),
+    ((IMAGES, [1, 2, 10, 4]), "labels from 1 to 10, expected 0 to 9: they count from 0, so subtract 1"),
+    ((IMAGES, [0, -1, 2, 4]), "labels from -1 to 4, expected 0 to 9"),
+    ((IMAGES, [0.5, 1, 2, 3]), "labels are float64 of shape .4,.: expected whole numbers of shape .4,."),
+    ((IMAGES, ["a", "b", "c", "d"]), "labels are <U1"),
+    ((IMAGES, np.full((4, 10), 0.1)), r"labels are float64 of shape \(4, 10\)"),
+    ("cifar10", "the data set is 'cifar10', the name of one, which load_dataset takes"),
+    (IMAGES, "the data set is Tensor: expected a Dataset, a pair"),
+    (dict(x=IMAGES, y=LABELS), "the data set is dict"),
+    ([(IMAGES, LABELS, LABELS)], "a batch of the data set is tuple"),
+    (torch.utils.data.TensorDataset(IMAGES, IMAGES, IMAGES), "a batch of the data set is tuple"),
+    ([], "gives no batches"),
+    ([(IMAGES, LABELS), (torch.rand(4, 1, 9, 9), LABELS)], "images are of the shapes .8, 8, 1., .9, 9, 1."),
+], ids=lambda value: None)
+def test_data_that_cannot_be_right(model, data, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, data, quiet=True)
+
+
+def by_class(digits):
+    "The test images of digits sorted by class."
+    order = np.argsort(digits.y_test, kind="stable")
+    return replace(digits, x_test=digits.x_test[order], y_test=digits.y_test[order])
+
+
+def test_a_subset_has_every_class_and_a_smaller_one_lies_inside(model, digits):
+    data = by_class(digits)
+    how = dict(attacks=[FGSM(0.1), PGD(0.1, steps=2)], quiet=True, check_images=10)
+    large, small = (evaluate(model, data, images=n, **how) for n in (50, 20))
+    places = images_of(large, data)
+    assert np.bincount(data.y_test[places]).tolist() == [5] * 10
+    assert np.array_equal(images_of(small, data), places[:20])
+    assert small["verdicts"]["clean"] == large["verdicts"]["clean"][:20]
+    assert large["subset"] == dict(order="stratified", seed=0, of=500) and large["remarks"] == []
+    limited = evaluate(model, data, limits=dict(pgd2=20), **how)
+    assert np.array_equal(images_of(limited, data)[:50], places) and limited["n"] == 500
+    assert limited["verdicts"]["clean"][:50] == large["verdicts"]["clean"] and len(limited["verdicts"]["worst"]) == 20
+    whole = evaluate(model, data, **how)
+    assert whole["subset"] is None and np.array_equal(images_of(whole, data), np.arange(500))
+    ordered = np.array([*whole["verdicts"]["clean"]])
+    assert "".join(ordered[places]) == large["verdicts"]["clean"]
+    with pytest.raises(ValueError, match="the record is of other data than digits"):
+        images_of(whole, digits)
+    before = {key: value for key, value in small.items() if key not in ("subset", "remarks")}  # of an earlier version
+    assert np.array_equal(images_of(before, data), np.arange(20)) and report(before)
+
+
+def test_a_subset_that_lacks_classes_says_so(model, digits):
+    record = evaluate(model, by_class(digits), [FGSM(0.1), PGD(0.1, steps=1)], images=20, limits=dict(pgd1=8),
+                      quiet=True)
+    said, = record["remarks"]
+    assert said.startswith("The 8 of 500 test images that are used have none of class ") and said in report(record)
+
+
+def test_a_model_that_always_says_the_same_is_at_chance(digits):
+    class Lazy(nn.Module):
+        def forward(self, x):
+            return 0.01 * x.flatten(1)[:, :10] + torch.eye(10)[0]
+
+    data, seen = by_class(digits), []
+    record = evaluate(Lazy().eval(), data, [FGSM(0.01), PGD(0.01)], images=50, quiet=True)
+    assert {m["accuracy"] for m in record["metrics"].values()} == {10}
+    chance = 100 * np.bincount(data.y_test).max() / 500
+    few = evaluate(Lazy().eval(), data, [FGSM(0.01)], images=1, quiet=True)
+    budget, = (check for check in few["checks"] if check["name"] == "budget")
+    assert f"down to {chance:.1f}%" in budget["expected"]
+
+
+def test_a_budget_wider_than_all_images(model, digits):
+    with pytest.raises(ValueError, match="eps is 128 in l2: no two images of 8x8x1 .* further apart than 8"):
+        evaluate(model, digits, [PGD(128, norm="l2")], quiet=True)
+
+
+def test_numbers_of_other_libraries(model, digits):
+    record = evaluate(model, digits, [FGSM(0.1)], images=np.int64(20), limits=dict(fgsm=np.int32(10)),
+                      check_images=np.int64(5), batch_size=np.int64(7), quiet=True)
+    assert json.loads(json.dumps(record)) == record and record["metrics"]["fgsm"]["n"] == 10
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -15,7 +15,8 @@ import torch
 import advdpnp.runs
 import advdpnp.tables
 from advdpnp.core import differing
-from advdpnp.runs import RESULTS, Ledger, at_work, config_hash, is_running, load_checkpoint, make_config, status
+from advdpnp.runs import (RESULTS, Ledger, at_work, check_parameters, config_hash, is_running, load_checkpoint,
+                          make_config, status)
 from advdpnp.tables import collect, make_table, plan_table, same_seeds
 from advdpnp.training import Trainer
 
@@ -66,7 +67,6 @@ def records_of(name):
     (dict(beta=-1), "beta is -1.0: expected a finite weight"),
     (dict(precision=16), "precision is 16: expected a word"),
     (dict(dataset=10), "dataset is 10: expected a word"),
-    (dict(dataset="../mine.npz"), "expected a name, such as cifar10"),
     (dict(seed=-1), "seed is -1: expected a whole number, 0 or more"),
     (dict(seed="0"), "seed is '0': expected a whole number"),
     (dict(preset="quik"), "did you mean 'quick'"),
@@ -76,6 +76,60 @@ def records_of(name):
 def test_a_wrong_setting_gets_a_sentence(asked, said):
     with pytest.raises(ValueError, match=said):
         make_config(**dict(method="TRADES", preset="quick", device="cpu") | asked)
+
+
+def test_a_data_set_may_be_given_by_where_it_lies(tmp_path):
+    configs = [make_config("TRADES", "quick", device="cpu", dataset=place) for place in (
+        "some/digits/", "./some/digits", Path("some/digits"), "some//digits//")]
+    assert all(config == configs[0] for config in configs) and configs[0]["dataset"] == "some/digits/"
+    assert configs[0]["eps"] == 0.2  # the budget goes with the name
+    assert Ledger(tmp_path, "cpu").folder(configs[0]) == tmp_path / "runs/digits/TRADES-cifar_resnet8-quick-s0"
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(minutes="9m"), "minutes is '9m': expected a number"),
+    (dict(minutes=[9]), "minutes is .9.: expected a number"),
+    (dict(minutes=None), "minutes is None: expected a number"),
+    (dict(minutes=True), "minutes is True: expected a number"),
+    (dict(methods={"TRADES": 1}), "methods is .'TRADES': 1.: expected a word"),
+    (dict(methods=None), "methods is None: expected a word"),
+    (dict(use_results="perhaps"), "use_results is 'perhaps': expected True or False"),
+    (dict(preset=3), "preset is 3: expected a word"),
+    (dict(method=["TRADES"]), "unknown parameter 'method': did you mean 'methods'"),
+    (dict(minuts={"a": 1}), "unknown parameter 'minuts': did you mean 'minutes'"),
+    (dict(METHODS=("TRADES",)), "unknown parameter 'METHODS'"),
+])
+def test_a_wrong_parameter_of_a_notebook_gets_a_sentence(given, message):
+    known = ["preset", "methods", "seeds", "minutes", "use_results"]
+    with pytest.raises(ValueError, match=message):
+        check_parameters(given, known)
+
+
+def test_parameters_of_a_notebook_become_what_it_expects():
+    given = dict(preset="quick", methods=["TRADES", "MART"], seeds=[0, 1], minutes="0.5", use_results="True", path=Path,
+                 In=[], Out={}, CHOSEN=advdpnp.runs.CHOSEN)
+    check_parameters(given, ["preset", "methods", "seeds", "minutes", "use_results"])
+    assert (given["methods"], given["seeds"], given["minutes"], given["use_results"]) == (
+        "TRADES, MART", "0, 1", 0.5, True)
+
+
+def test_no_record_is_of_the_first_images_of_sorted_data(digits, tmp_path, monkeypatch):
+    order = np.argsort(digits.y_test, kind="stable")
+    np.savez(tmp_path / "mine.npz", x_train=digits.x_train, y_train=digits.y_train, x_test=digits.x_test[order],
+             y_test=digits.y_test[order])
+    monkeypatch.setattr(advdpnp.runs, "corrupted_images", lambda data, *_, images, **__: data.y_test[:images])
+    monkeypatch.setattr(advdpnp.runs, "MOST", 100)
+    config = make_config("standard", "quick", device="cpu", dataset="mine", corruption_images=50)
+    ledger = Ledger(tmp_path, "cpu", quiet=True)
+    assert np.bincount(ledger.corrupted(config)).tolist() == [5] * 10
+    assert advdpnp.runs.some_images(ledger, config).y.bincount().tolist() == [10] * 10
+    assert advdpnp.runs.chosen_images(ledger.dataset(config)) == dict(order="stratified", seed=0, of=500)
+
+
+def test_verdicts_of_other_images_are_not_compared():
+    advdpnp.runs.check_same_images([dict(verdicts={}), dict(verdicts={}, subset=None)])
+    with pytest.raises(ValueError, match="some records are of the first test images"):
+        advdpnp.runs.check_same_images([dict(verdicts={}), dict(verdicts={}, subset=dict(seed=0))])
 
 
 def test_numbers_of_numpy_and_whole_numbers_give_the_same_run():

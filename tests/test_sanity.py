@@ -9,7 +9,7 @@ from torch import nn
 from advdpnp.attacks import FGSM, PGD
 from advdpnp.autoattack import AutoAttack
 from advdpnp.data import Loader
-from advdpnp.evaluation import evaluate
+from advdpnp.evaluation import evaluate, images_of
 from advdpnp.sanity import check_attacks, check_budget, check_square, check_steps, failed, robustness_curve
 from test_evaluation import fitted
 
@@ -60,9 +60,10 @@ def test_an_undefended_model_is_found_weak_and_honest(linear, digits):
 
 
 def test_budget_curve_starts_at_clean_and_ends_at_nothing(linear, digits):
-    few = Loader(digits.x_test[:100], digits.y_test[:100], 100)
+    record = evaluate(linear, digits, images=100, quiet=True)
+    places, clean = images_of(record, digits), record["metrics"]["clean"]["accuracy"]
+    few = Loader(digits.x_test[places], digits.y_test[places], 100)
     curve = robustness_curve(linear, few, PGD(0.2), [0.05, 0.5])
-    clean = evaluate(linear, digits, images=100, quiet=True)["metrics"]["clean"]["accuracy"]
     assert curve["eps"] == [0, 0.05, 0.5] and curve["accuracy"][0] == clean > 60 and curve["n"] == 100
     assert curve["accuracy"][0] > curve["accuracy"][1] > curve["accuracy"][2] and curve["accuracy"][2] < 5
 

@@ -123,10 +123,16 @@ def test_every_picture_that_is_kept_is_linked_from_somewhere():
     (6, dict(methods="no alignement"), "did you mean 'no alignment'"),
     (1, dict(methods="TRADE"), "did you mean 'TRADES'"),
     (1, dict(seeds="0-2"), "seeds are '0-2': expected whole numbers, such as 0 or 0,1,2"),
+    (1, dict(dataset="photos/"), "dataset is 'photos/': expected a name, such as cifar10"),
 ])
 def test_what_cannot_be_asked_for(number, given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tables.table_runs(number, "quick", device="cpu", **given)
+
+
+def test_lists_are_taken_where_text_with_commas_is():
+    runs = lambda **given: tables.table_runs(1, "quick", device="cpu", **given)
+    assert runs(methods=["TRADES", "MART"], seeds=[0, 1]) == runs(methods="TRADES, MART", seeds="0, 1")
 
 
 def test_a_row_that_changes_nothing_is_left_out():
