@@ -34,7 +34,7 @@ def norm_name(
     text = text.replace("_", "").replace("-", "").replace("∞", "inf").replace("infinity", "inf").removeprefix("l")
     return {"inf": "linf", "2": "l2", "2.0": "l2"}.get(text) or one_of(norm, ["linf", "l2"], "norm")
 
-# %% ../nbs/30_attacks.ipynb #2aeaad9f
+# %% ../nbs/30_attacks.ipynb #003aca2e
 def settle(
     settings,  # of a dataclass, which may be frozen; changed in place
 ):
@@ -45,6 +45,8 @@ def settle(
             plain = norm_name(value)
         elif f.type is int:
             plain = whole(value, f.name)
+            if f.name == "seed" and plain < 0:
+                raise ValueError(f"seed is {plain}: expected at least 0")
         elif f.type is float or (f.type == float | None and value is not None):
             plain = number(value, f.name)
         elif f.type is bool and str(getattr(value, "dtype", "")).endswith("bool"):
@@ -562,7 +564,7 @@ def as_attack(
     "An attack that has a name, a budget and a norm; a ValueError if it cannot say them."
     return attack if isinstance(attack, (Attack, Foreign)) else Foreign(attack)
 
-# %% ../nbs/30_attacks.ipynb #a0e2eb3a
+# %% ../nbs/30_attacks.ipynb #ef86bb1e
 def check_returned(
     x_adv,  # whatever came back
     x: torch.Tensor,  # (B, C, H, W)
@@ -573,7 +575,7 @@ def check_returned(
         what = "NaN or infinity" if not x_adv.isfinite().all() else ""
     else:
         what = f"a {type(x_adv).__name__}"
-        what += f" {tuple(x_adv.shape)} of {x_adv.dtype} on {x_adv.device}" * torch.is_tensor(x_adv)
+        what += f" {tuple(x_adv.shape)} of {x_adv.dtype} on {x_adv.device}" if torch.is_tensor(x_adv) else ""
     if what:
         expected = f"images {tuple(x.shape)} of {x.dtype} on {x.device}"
         raise RuntimeError(f"{attack.name} returned {what}: expected {expected}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'EPOCH_BAR', 'ATTACK_BAR', 'one_of', 'number', 'whole', 'place_of', 'replacing', 'read_json', 'as_json',
-           'write_json', 'flat', 'differing', 'claim_folder', 'seed_of', 'seeded', 'seed_globally', 'own_randomness',
-           'cores', 'pick_device', 'has_fast_bf16', 'progress_bar', 'close_bar']
+           'write_json', 'flat', 'differing', 'claim_folder', 'seed_of', 'seeded', 'seed_globally', 'Kept',
+           'own_randomness', 'cores', 'pick_device', 'has_fast_bf16', 'progress_bar', 'close_bar']
 
 # %% ../nbs/90_core.ipynb #16f65974
 import difflib
@@ -14,6 +14,7 @@ import numbers
 import os
 import sys
 import sysconfig
+import threading
 import traceback
 import uuid
 from contextlib import contextmanager
@@ -65,7 +66,7 @@ def whole(
         raise ValueError(f"{what} is {value!r}: expected a whole number")
     return int(found)
 
-# %% ../nbs/90_core.ipynb #9cb366b3
+# %% ../nbs/90_core.ipynb #1e35b3f4
 _OURS = Path(__file__).parent if "__file__" in globals() else Path.cwd() / "advdpnp"  # a notebook has no file
 _LIBRARIES = [Path(sysconfig.get_path(which)) for which in ("stdlib", "purelib", "platlib")]
 
@@ -79,7 +80,7 @@ def place_of(
         return None
     for frame in reversed(frames):
         path = Path(frame.filename)
-        library = frame.filename.startswith(("<frozen", "<eval")) or any(p in path.parents for p in _LIBRARIES)
+        library = frame.filename.startswith(("<frozen", "<eval", "<string")) or any(p in path.parents for p in _LIBRARIES)
         if not library and _OURS not in path.parents:
             return f" ({path}, line {frame.lineno})"
     return ""
@@ -172,6 +173,34 @@ def seed_globally(device, seed):
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
 
+# %% ../nbs/90_core.ipynb #4c345173
+class Kept:
+    "What belongs to the whole process: of several threads that change it, the last one to go puts it back."
+
+    def __init__(self, read, write):
+        self.read, self.write, self.users, self.lock = read, write, 0, threading.RLock()
+
+    def __enter__(self):
+        with self.lock:
+            self.before = self.before if self.users else self.read()
+            self.users += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                self.write(self.before)
+
+# %% ../nbs/90_core.ipynb #a2fe49b7
+_RANDOM = {}  # a device's name to what keeps the state of its global generator
+
+
+def _random_state(device):
+    module = torch.cuda if device.type == "cuda" else torch.random
+    where = [device] if device.type == "cuda" else []
+    kept = Kept(lambda: module.get_rng_state(*where), lambda state: module.set_rng_state(state, *where))
+    return _RANDOM.setdefault(str(device), kept)
+
 
 @contextmanager
 def own_randomness(
@@ -179,7 +208,8 @@ def own_randomness(
     seed: int,
 ):
     "Inside, PyTorch's global generators start from `seed`; outside, nothing has changed."
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with _random_state(torch.device("cpu")), _random_state(device), torch.random.fork_rng(devices=devices):
         seed_globally(device, seed)
         yield
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['wilson', 'standard_attacks', 'described', 'percent', 'accuracy', 'worst_case', 'to_digits', 'from_digits',
-           'logit_range', 'OtherEvaluation', 'Resume', 'as_dataset', 'check_names', 'Plan', 'make_plan', 'clean_logits',
-           'survivors', 'attacked', 'metrics_of', 'trusted', 'checked', 'evaluate', 'accuracy_table', 'check_table',
-           'report', 'budget_text', 'robustbench_info']
+           'logit_range', 'OtherEvaluation', 'Resume', 'as_dataset', 'ready', 'check_names', 'Plan', 'make_plan',
+           'clean_logits', 'survivors', 'attacked', 'metrics_of', 'trusted', 'checked', 'evaluate', 'accuracy_table',
+           'check_table', 'report', 'budget_text', 'robustbench_info']
 
 # %% ../nbs/60_evaluation.ipynb #f7b4265b
 import dataclasses
@@ -22,10 +22,11 @@ from fastcore.basics import patch
 from scipy.stats import binomtest
 from torch import nn
 
-from .attacks import CW, FGSM, PGD, PrototypePGD, all_logits, check_labels, margin, robust_to
-from .core import one_of, read_json, write_json
+from .attacks import CW, FGSM, PGD, Foreign, PrototypePGD, ThreatModel, all_logits, as_attack, check_labels
+from .attacks import margin, robust_to
+from .core import number, one_of, read_json, whole, write_json
 from .data import Dataset, Loader
-from .still import device_of, full_precision, held_still
+from .still import as_module, device_of, full_precision, held_still
 
 # %% ../nbs/60_evaluation.ipynb #90deafdd
 def wilson(
@@ -55,12 +56,19 @@ def standard_attacks(
 # %% ../nbs/60_evaluation.ipynb #c017b
 def described(attack) -> dict:
     "An attack's class and settings, as far as they are plain values."
+    if isinstance(attack, Foreign):
+        known = described(attack.attack) | dict(name=attack.name, eps=attack.eps, norm=attack.norm)
+        package = type(attack.attack).__module__.split(".")[0]
+        return known | {"class": f"{package}.{known['class']}"} if package in ("torchattacks", "foolbox") else known
     if dataclasses.is_dataclass(attack):
-        settings = dataclasses.asdict(attack)
-    else:
-        plain = (str, int, float, bool, type(None))
-        settings = {key: value for key, value in getattr(attack, "__dict__", {}).items() if isinstance(value, plain)}
-    return {"class": type(attack).__qualname__} | settings
+        return {"class": type(attack).__qualname__} | dataclasses.asdict(attack)
+    settings = {}
+    for key, value in getattr(attack, "__dict__", {}).items():
+        if isinstance(value, (str, bool, type(None))):
+            settings[key] = value
+        elif getattr(value, "ndim", 0) == 0 and isinstance(value, (int, float, np.number, torch.Tensor)):
+            settings[key] = number(value, key)
+    return {"class": type(attack).__qualname__} | {k: v for k, v in settings.items() if not k.startswith("_")}
 
 # %% ../nbs/60_evaluation.ipynb #bad0ee8a
 def percent(
@@ -106,8 +114,8 @@ def logit_range(
     labels: torch.Tensor,  # (N,)
 ) -> dict:
     "The smallest and largest logit, and quartiles of the true class's lead over the best other one."
-    quartiles = (-margin(logits, labels)).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return dict(min=logits.min().item(), max=logits.max().item(), margin_quartiles=quartiles)
+    lead, quarters = -margin(logits, labels).float(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float32)
+    return dict(min=logits.min().item(), max=logits.max().item(), margin_quartiles=lead.quantile(quarters).tolist())
 
 # %% ../nbs/60_evaluation.ipynb #13d5e707
 class OtherEvaluation(ValueError):
@@ -129,8 +137,8 @@ class Resume:
         if self.path and self.path.exists():
             saved = read_json(self.path)
             if differs := sorted(n for n in {*key, *saved["key"]} if saved["key"].get(n) != key.get(n)):
-                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): delete it, "
-                                      f"or name another file")
+                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): name another "
+                                      f"file, or move this one away")
             self.stages, self.before = saved["stages"], saved["seconds"]
 
 # %% ../nbs/60_evaluation.ipynb #92ea8308
@@ -183,6 +191,19 @@ def as_dataset(
     y = y.astype(np.int64) if y.dtype.kind in "iu" else y
     one = Loader(x[:1], y[:1], 1, device=device_of(model))
     return Dataset("images", x[:0], y[:0], x, y, class_names=range(all_logits(model, one).shape[1]))
+
+# %% ../nbs/60_evaluation.ipynb #e3ebac7e
+def ready(
+    attacks,  # an attack, or several: ours or anyone's
+    pixels: int,  # C * H * W of an image
+) -> list:
+    "Attacks that each have a name, a budget and a norm; a ValueError names one that cannot be run on such images."
+    if callable(attacks) or isinstance(attacks, str):
+        attacks = [attacks]
+    attacks = [as_attack(attack) for attack in attacks]
+    for attack in attacks:
+        ThreatModel(attack.eps, getattr(attack, "norm", "linf")).check_reach(pixels)
+    return attacks
 
 # %% ../nbs/60_evaluation.ipynb #0e2ff930
 def check_names(
@@ -356,9 +377,9 @@ def checked(
 
 # %% ../nbs/60_evaluation.ipynb #9c0249a1
 def evaluate(
-    model: nn.Module,  # images in [0, 1] to logits, on any device
+    model,  # images in [0, 1] to logits, on any device: an nn.Module, or a function
     dataset,  # a `Dataset`, whose test images are used, or a pair (images, labels), see `as_dataset`
-    attacks=(),  # from `standard_attacks`, or any with `eps` and a `name`, the metric's name in the record
+    attacks=(),  # from `standard_attacks`, or any with `eps`, see `ready`; the name is the metric's in the record
     images: int | None = None,  # only the first so many test images; None: all
     limits: dict | None = None,  # fewer images for some attacks: name to number
     check_images: int = 200,  # the first so many, at most, are used for the sanity checks
@@ -371,8 +392,12 @@ def evaluate(
     title: str = "",  # before the attacks' names on the bars
 ) -> dict:  # dataset, data_sha256, n, device, copied, batch_size, seed, seconds; metrics, verdicts, logits; checks, ...
     "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it."
-    began, data = time.monotonic(), as_dataset(dataset, model)
-    plan = make_plan(data, attacks, images, limits, check_images, batch_size, seed, device_of(model))
+    began, model = time.monotonic(), as_module(model)
+    data, device = as_dataset(dataset, model), device_of(model)
+    attacks, batch_size, seed = ready(attacks, data.x_test[0].size), whole(batch_size, "batch_size"), whole(seed, "seed")
+    images = images if images is None else whole(images, "images")
+    limits = {name: whole(limit, f"the limit of {name}") for name, limit in (limits or {}).items()}
+    plan = make_plan(data, attacks, images, limits, whole(check_images, "check_images"), batch_size, seed, device)
     labels = torch.from_numpy(data.y_test[:plan.images])
     with full_precision(), held_still(model, next(iter(plan.loader(8)))[0]) as still:
         logits = clean_logits(still, plan)

@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .core import own_randomness, place_of
+from .core import Kept, own_randomness, place_of
 
 # %% ../nbs/96_still.ipynb #e417e718
 _PLACES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn,
@@ -47,23 +47,25 @@ def _older_settings():
     return found
 
 # %% ../nbs/96_still.ipynb #aacf83e7
+def _set_precisions(both):
+    older, newer = both
+    for (_, write, _), value in zip(_OLDER, older):
+        if value is not None:
+            write(value)
+    for place, precision in zip(_PLACES, newer):
+        place.fp32_precision = precision
+
+
+_PRECISIONS = Kept(lambda: (_older_settings(), [place.fp32_precision for place in _PLACES]), _set_precisions)
+
+
 @contextmanager
 def full_precision():
     "Inside, matrix products and convolutions are true float32 on every device."
-    before, older = [place.fp32_precision for place in _PLACES], _older_settings()
-    try:
-        for _, write, true_float32 in _OLDER:
-            write(true_float32)
-        for place in _PLACES:
-            place.fp32_precision = "ieee"
+    with _PRECISIONS:
+        _set_precisions(([true_float32 for *_, true_float32 in _OLDER], ["ieee"] * len(_PLACES)))
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
-    finally:
-        for (_, write, _), value in zip(_OLDER, older):
-            if value is not None:
-                write(value)
-        for place, precision in zip(_PLACES, before):
-            place.fp32_precision = precision
 
 # %% ../nbs/96_still.ipynb #73f591d3
 def spoken_of(
@@ -97,14 +99,14 @@ def modules_of(
     found = [module for inner in spoken_of(thing) for module in modules_of(inner, depth - 1)]
     return [*{id(module): module for module in found}.values()]
 
-# %% ../nbs/96_still.ipynb #c8c41eec
+# %% ../nbs/96_still.ipynb #7a4bf07e
 class Function(nn.Module):
     "A function of images as a module, with the modules that it speaks of."
 
     def __init__(self, function):
         super().__init__()
         self.function, self.parts = function, nn.ModuleList(modules_of(function))
-        self.training = any(part.training for part in self.parts)
+        self.training = self.parts.training = any(getattr(part, "training", False) for part in self.parts)
 
     def forward(self, x):
         return self.function(x)
@@ -248,7 +250,7 @@ def unwrapped(
 def fixed_mode(
     module: nn.Module,
 ) -> bool:
-    "Whether a module has no mode to change: from `torch.export`, or a frozen or traced one of TorchScript."
+    "Whether a module has no mode to change: from `torch.export`, or a traced or frozen one of TorchScript."
     traced = isinstance(module, torch.jit.TopLevelTracedModule) or not hasattr(module, "training")
     return traced or "eval" in vars(module)  # an exported one has an `eval` of its own, which refuses
 

@@ -283,7 +283,7 @@ def test_a_state_file_of_another_evaluation_is_refused(model, digits, tmp_path):
             evaluate(model, digits, **first | changed)
     with torch.no_grad():
         model[1].bias[0] += 1
-    with pytest.raises(OtherEvaluation, match=r"another evaluation \(logits differ\): delete it"):
+    with pytest.raises(OtherEvaluation, match=r"another evaluation \(logits differ\): name another file"):
         evaluate(model, digits, **first)
 
 
