@@ -9,6 +9,7 @@ __all__ = ['SCHEDULES', 'one_cycle', 'drops', 'perturbed', 'move_average', 'Loss
 # %% ../nbs/50_training.ipynb #99934a07
 import dataclasses
 import json
+import pickle
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext
@@ -163,17 +164,18 @@ def save_checkpoint(
 def load_state(
     path: Path,  # of a state.pt
 ) -> dict:
-    "The state of a run, on the CPU; a ValueError if the file is damaged."
+    "The state of a run, on the CPU; a ValueError if the file is damaged, or holds something else."
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         damaged = error
     if damaged:
-        raise ValueError(f"{path} is damaged ({damaged}): delete {path.parent} to train this run again")
+        raise ValueError(f"{path} is damaged, or no state of a run ({damaged}): move {path.parent} away to train this "
+                         f"run again")
     return state
 
 # %% ../nbs/50_training.ipynb #c030

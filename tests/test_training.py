@@ -201,7 +201,7 @@ def test_a_damaged_state_is_named(few, tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:-500], whole[:10000] + bytes(200) + whole[10200:], b""):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="state.pt is damaged .*: delete"):
+        with pytest.raises(ValueError, match="state.pt is damaged, or no state of a run .*: move"):
             trainer(few, tmp_path)
 
 
