@@ -523,6 +523,6 @@ def same_as_model(
 ) -> bool:
     "Whether copy and model say the same about some images."
     with full_precision(), own_randomness(x.device, 0), in_place(self.model):
-        mine, theirs = self(x), self.model(x.clone()).float()
+        mine, theirs = self(x), logits_of(self.model, x.clone())
     spread = (theirs - theirs.mean(1, keepdim=True)).abs().max()
     return bool((mine - theirs).abs().max() <= tolerance * spread)
