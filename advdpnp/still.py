@@ -99,7 +99,7 @@ def modules_of(
     found = [module for inner in spoken_of(thing) for module in modules_of(inner, depth - 1)]
     return [*{id(module): module for module in found}.values()]
 
-# %% ../nbs/96_still.ipynb #7a4bf07e
+# %% ../nbs/96_still.ipynb #4801c230
 class Function(nn.Module):
     "A function of images as a module, with the modules that it speaks of."
 
@@ -129,7 +129,7 @@ def as_module(
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ValueError("the model has lazy layers, whose shapes are not known yet: call it once on some images")
-        if tensor.is_meta:
+        if tensor.is_meta and type(tensor) in (torch.Tensor, nn.Parameter):  # a subclass may have values of its own
             raise ValueError("the model is on the device meta, where tensors have no values: load its weights onto "
                              "cpu or cuda")
     return module
