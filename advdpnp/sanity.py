@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .attacks import FGSM, PGD, Ascent, Draws, ThreatModel, correct, cross_entropy, margin, on_logits, robust_to
-from .core import DEVICES, own_randomness
+from .core import own_randomness
 from .data import Loader
 from .evaluation import percent
 from .still import Function, as_module, fixed_mode, full_precision, held_still, logits_of
@@ -395,8 +395,8 @@ def sanity(
     "Every check on one model."
     x, y = loader.take(torch.arange(len(loader.x)))
     n, chance = len(x), 100 * y.bincount().max().item() / len(x)
-    size = loader.batch_size
-    mixed = any(kind == x.device.type and torch.is_autocast_enabled(kind) for kind in DEVICES)
+    size, kind = loader.batch_size, x.device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     grey, threat = grey_budget(attack.norm, x[0].numel()), ThreatModel(attack.eps, attack.norm)
     budgets = sorted({min(attack.eps * factor, grey) for factor in (0.25, 0.5, 1, 1.5, 2)} | {grey})
     checks = [check_mode(model)]  # before it is held still
