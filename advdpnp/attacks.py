@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -276,7 +277,7 @@ def check_images(
             f"images range from {low:.4g} to {high:.4g}, expected [0, 1]: normalise inside the model, not before it"
         )
 
-
+# %% ../nbs/30_attacks.ipynb #0ba4903a
 def check_labels(
     y: torch.Tensor,  # (B,) int64
     num_classes: int,  # K
@@ -543,7 +544,7 @@ class Foreign:
             raise AttributeError(name)
         return getattr(self.attack, name)
 
-# %% ../nbs/30_attacks.ipynb #db9e2397
+# %% ../nbs/30_attacks.ipynb #f5f37070
 @patch
 def __call__(self: Foreign, model, x, y):
     "What the attack returns, in the way it is called."
@@ -553,8 +554,8 @@ def __call__(self: Foreign, model, x, y):
             attack = copy.deepcopy(attack, {id(own): model})
         return attack(x, y)
     if type(attack).__module__.startswith("foolbox."):
-        import foolbox
-        return attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=self.eps)[1]
+        their = sys.modules["foolbox"]  # imported already, by whoever made the attack
+        return attack(their.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=self.eps)[1]
     return attack(model, x, y)
 
 
@@ -564,7 +565,7 @@ def as_attack(
     "An attack that has a name, a budget and a norm; a ValueError if it cannot say them."
     return attack if isinstance(attack, (Attack, Foreign)) else Foreign(attack)
 
-# %% ../nbs/30_attacks.ipynb #ef86bb1e
+# %% ../nbs/30_attacks.ipynb #1c2fafca
 def check_returned(
     x_adv,  # whatever came back
     x: torch.Tensor,  # (B, C, H, W)
@@ -580,7 +581,7 @@ def check_returned(
         expected = f"images {tuple(x.shape)} of {x.dtype} on {x.device}"
         raise RuntimeError(f"{attack.name} returned {what}: expected {expected}")
 
-
+# %% ../nbs/30_attacks.ipynb #076b7545
 @torch.no_grad()
 def changes_input(
     model,  # a `Still`, or None

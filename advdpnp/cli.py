@@ -151,8 +151,8 @@ def import_model(
     if isinstance(function, nn.Module):
         raise ValueError(f"{spec} is a model: expected a function without arguments that returns one")
     if needs := needed_arguments(function):
-        raise ValueError(f"{spec} needs {', '.join(needs)}: expected a function without arguments that returns a model, "
-                         f"such as def net(): return {function.__name__}(...)")
+        raise ValueError(f"{spec} needs {', '.join(needs)}: expected a function without arguments that returns a "
+                         f"model, such as def net(): return {function.__name__}(...)")
     with others_code(f"{spec}() fails"):
         model = function()
     if not isinstance(model, nn.Module):

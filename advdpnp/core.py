@@ -66,7 +66,7 @@ def whole(
         raise ValueError(f"{what} is {value!r}: expected a whole number")
     return int(found)
 
-# %% ../nbs/90_core.ipynb #1e35b3f4
+# %% ../nbs/90_core.ipynb #51741838
 _OURS = Path(__file__).parent if "__file__" in globals() else Path.cwd() / "advdpnp"  # a notebook has no file
 _LIBRARIES = [Path(sysconfig.get_path(which)) for which in ("stdlib", "purelib", "platlib")]
 
@@ -80,8 +80,8 @@ def place_of(
         return None
     for frame in reversed(frames):
         path = Path(frame.filename)
-        library = frame.filename.startswith(("<frozen", "<eval", "<string")) or any(p in path.parents for p in _LIBRARIES)
-        if not library and _OURS not in path.parents:
+        written = not frame.filename.startswith(("<frozen", "<eval", "<string"))  # by somebody, into a file
+        if written and not any(folder in path.parents for folder in (_OURS, *_LIBRARIES)):
             return f" ({path}, line {frame.lineno})"
     return ""
 

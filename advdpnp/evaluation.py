@@ -137,8 +137,8 @@ class Resume:
         if self.path and self.path.exists():
             saved = read_json(self.path)
             if differs := sorted(n for n in {*key, *saved["key"]} if saved["key"].get(n) != key.get(n)):
-                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): name another "
-                                      f"file, or move this one away")
+                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): name "
+                                      f"another file, or move this one away")
             self.stages, self.before = saved["stages"], saved["seconds"]
 
 # %% ../nbs/60_evaluation.ipynb #92ea8308
@@ -394,7 +394,8 @@ def evaluate(
     "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it."
     began, model = time.monotonic(), as_module(model)
     data, device = as_dataset(dataset, model), device_of(model)
-    attacks, batch_size, seed = ready(attacks, data.x_test[0].size), whole(batch_size, "batch_size"), whole(seed, "seed")
+    attacks = ready(attacks, data.x_test[0].size)
+    batch_size, seed = whole(batch_size, "batch_size"), whole(seed, "seed")
     images = images if images is None else whole(images, "images")
     limits = {name: whole(limit, f"the limit of {name}") for name, limit in (limits or {}).items()}
     plan = make_plan(data, attacks, images, limits, whole(check_images, "check_images"), batch_size, seed, device)

@@ -107,7 +107,7 @@ class Classifier(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.head(features)
 
-# %% ../nbs/10_prototypes.ipynb #dcfc0578
+# %% ../nbs/10_prototypes.ipynb #47b64d19
 def checked_features(
     features,  # what a backbone returned
     backbone: nn.Module,
@@ -119,7 +119,8 @@ def checked_features(
         return features
     how = "a timm model returns them if it is made with num_classes=0"
     if not torch.is_tensor(features):
-        held = next((name for name in ("pooler_output", "last_hidden_state", "logits") if hasattr(features, name)), None)
+        names = "pooler_output", "last_hidden_state", "logits"
+        held = next((name for name in names if hasattr(features, name)), None)
         how = f"wrap it in a module whose forward returns backbone(x){f'.{held}' if held else '[0]'}"
     elif features.ndim == 4:
         how = "wrap it in torch.nn.Sequential(backbone, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())"
@@ -139,7 +140,8 @@ def features(
     x = (x - self.mean) / self.std
     # a clone: `contiguous` leaves images of one channel in the layout in which they came
     features = self.backbone(x if self.channels_last else x.clone(memory_format=torch.contiguous_format))
-    return checked_features(features, self.backbone, len(x), getattr(self.head, "in_features", None)).to(self.mean.dtype)
+    features = checked_features(features, self.backbone, len(x), getattr(self.head, "in_features", None))
+    return features.to(self.mean.dtype)
 
 # %% ../nbs/10_prototypes.ipynb #86598d8c
 def make_backbone(

@@ -338,7 +338,7 @@ def load_checkpoint(
     "A trained network, on the CPU."
     path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
     if path.is_file() and path.suffix != ".safetensors":
-        raise ValueError(f"{path} is no file of weights of a run: expected a .safetensors file or the folder of its run")
+        raise ValueError(f"{path} is no file of a run's weights: expected a .safetensors file or the folder of its run")
     settings = path.parent / "config.json"
     for file in (path, settings):
         if not file.exists():

@@ -417,19 +417,23 @@ class Still(nn.Module):
         said = logits_of(self.copy, self._images(x))
         return said.to(torch.promote_types(torch.promote_types(said.dtype, x.dtype), torch.float32))
 
-    def train(self, mode=True):
-        "It stays in evaluation mode."
-        return self
-
-    def features(self, x):
-        "The features of images, if the model has such a method."
-        return self.copy.features(self._images(x))
-
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("copy"), name)
+
+# %% ../nbs/96_still.ipynb #4e178e0a
+@patch
+def train(self: Still, mode=True):
+    "It stays in evaluation mode."
+    return self
+
+
+@patch
+def features(self: Still, x):
+    "The features of images, if the model has such a method."
+    return self.copy.features(self._images(x))
 
 # %% ../nbs/96_still.ipynb #8a0c1797
 @patch

@@ -231,7 +231,7 @@ class Trainer:
         self._describe()
         self._claim()
 
-# %% ../nbs/50_training.ipynb #e1e09862
+# %% ../nbs/50_training.ipynb #27833977
 @patch
 def _check_net(self: Trainer):
     "Raise a ValueError for a network or a method that cannot be trained."
@@ -243,7 +243,7 @@ def _check_net(self: Trainer):
     if isinstance(self.method, (str, type)) or not hasattr(self.method, "loss"):
         raise ValueError(f"the method is {self.method!r}: expected one such as TRADES()")
     if self.method.prototypes and not hasattr(net.head, "prototypes"):
-        raise ValueError(f"{type(self.method).__name__} trains prototypes, and {kind} has none: expected a PrototypeNet")
+        raise ValueError(f"{type(self.method).__name__} trains prototypes, {kind} has none: expected a PrototypeNet")
     images = self.dataset.x_train if len(self.dataset.x_train) else self.dataset.x_test
     x = to_float(torch.from_numpy(images[:2])).to(device_of(net))
     try:
