@@ -522,14 +522,14 @@ def correct(
     "Which images are classified correctly."
     return all_logits(model, loader).argmax(1) == loader.y.cpu()
 
-# %% ../nbs/30_attacks.ipynb #a54a06a2
+# %% ../nbs/30_attacks.ipynb #73f1d8b7
 class Foreign:
     "Somebody else's attack, with what an evaluation must know: its name, its budget and its norm."
 
     def __init__(self, attack):
         kind = attack.__name__ if inspect.isroutine(attack) else type(attack).__name__
         self.attack, self.name = attack, str(getattr(attack, "name", kind))
-        if isinstance(attack, type) or not callable(attack):
+        if isinstance(attack, type) or not (callable(attack) or hasattr(attack, "search")):
             called = f"{attack.__name__} is a class" if isinstance(attack, type) else f"{attack!r} is no attack"
             raise ValueError(f"{called}: expected an attack such as PGD(8/255), called as attack(model, x, y)")
         if getattr(attack, "eps", None) is None:
