@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import advdpnp
+
 # %% ../nbs/90_core.ipynb #2554cf74
 def one_of(
     value,  # what was asked for
@@ -66,8 +68,8 @@ def whole(
         raise ValueError(f"{what} is {value!r}: expected a whole number")
     return int(found)
 
-# %% ../nbs/90_core.ipynb #51741838
-_OURS = Path(__file__).parent if "__file__" in globals() else Path.cwd() / "advdpnp"  # a notebook has no file
+# %% ../nbs/90_core.ipynb #c0e75acc
+_OURS = Path(advdpnp.__file__).parent
 _LIBRARIES = [Path(sysconfig.get_path(which)) for which in ("stdlib", "purelib", "platlib")]
 
 

@@ -67,24 +67,23 @@ def full_precision():
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
 
-# %% ../nbs/96_still.ipynb #73f591d3
+# %% ../nbs/96_still.ipynb #0aeb7597
 def spoken_of(
     thing,  # a function, a `partial`, a bound method, a list, a dictionary, or an object
 ) -> list:
     "What a function or an object can reach by a name of its own."
     if isinstance(thing, functools.partial):
         return [thing.func, *thing.args, *thing.keywords.values()]
-    if isinstance(thing, (list, tuple, set)):
-        return [*thing]
-    if isinstance(thing, dict):
-        return [*thing.values()]
+    if isinstance(thing, (list, tuple, set, dict)):
+        return [*itertools.islice(thing.values() if isinstance(thing, dict) else thing, 100)]  # it may be a data set
     if inspect.ismethod(thing):
         return [thing.__self__, thing.__func__]
     if inspect.isfunction(thing):
         cells = [c.cell_contents for c in thing.__closure__ or () if not repr(c).endswith(": empty>")]
         defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-        return cells + defaults + [thing.__globals__[n] for n in thing.__code__.co_names if n in thing.__globals__]
-    return [*getattr(thing, "__dict__", {}).values()] + [getattr(type(thing), "__call__", None)]
+        names = () if str(thing.__module__).startswith("torch.") else thing.__code__.co_names
+        return cells + defaults + [thing.__globals__[name] for name in names if name in thing.__globals__]
+    return [*getattr(thing, "__dict__", {}).values()] + [type(thing).__call__] * callable(thing)
 
 
 def modules_of(
@@ -457,7 +456,9 @@ def _cast(self: Still, dtype, some=None) -> bool:
         with torch.enable_grad(), own_randomness(some.device, 0):
             images = some.clone().requires_grad_()
             torch.autograd.grad(self.copy(images).float().sum(), images, allow_unused=True)
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a backbone does about tensors of another type than its own
         return False
     return True
 

@@ -157,6 +157,7 @@ MODEL, DATA = ["their_models:linear"], ["--dataset", "digits"]
     ([*MODEL, *DATA, "--attacks", "pgd"], "unknown attack 'pgd': did you mean 'pgd20'"),
     ([*MODEL, *DATA, "--attacks", "prototype"], "unknown attack 'prototype'"),
     ([*MODEL, *DATA, "--norm", "l2"], "--norm l2 needs --eps"),
+    ([*MODEL, *DATA, "--norm", "L2", "--eps", "128"], "no two images of 64 pixels are further apart than 8 in l2"),
     ([*MODEL, *DATA, "--robustbench", "x.json", "--autoattack-images", "5"], "on the images of the clean accuracy"),
     ([*MODEL, *DATA, "--attacks", "fgsm", "--autoattack-images", "5"], "needs the attack autoattack"),
     ([*MODEL, *DATA, "--norm", "l1"], "unknown norm 'l1'"),
