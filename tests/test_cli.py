@@ -198,7 +198,7 @@ def test_another_file_of_a_run_is_not_called_damaged(here):
     for name in ("config.json", "state.pt", "best.safetensors"):
         (here / name).write_text("{}")
     done = run("evaluate", "state.pt", *DATA)
-    assert "state.pt is no file of weights of a run: expected a .safetensors file or the folder" in done.stderr
+    assert "state.pt is no file of a run's weights: expected a .safetensors file or the folder" in done.stderr
     assert "delete" not in done.stderr
 
 
