@@ -173,7 +173,7 @@ def check_gradients(
     image, nearby = zero[::2], zero[1::2]
     share = percent(torch.cat(image) | torch.cat(nearby))
     found = f"{share:.1f}% of images have a gradient of exactly zero"
-    found += ": the model cuts it off, so only an attack without gradients can say something" * (share == 100)
+    found += ", so only an attack without gradients can say something" * (share == 100)
     return outcome("gradients", share <= 1, found, "at most 1%")
 
 # %% ../nbs/64_sanity.ipynb #be4de0ec
