@@ -22,7 +22,7 @@ from advdpnp.evaluation import evaluate
 from advdpnp.methods import METHODS
 from advdpnp.prototypes import LinearNet, PrototypeNet
 from advdpnp.sanity import check_mode, failed
-from advdpnp.still import Still, modules_of
+from advdpnp.still import Still, as_module, modules_of
 from advdpnp.training import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -228,6 +228,34 @@ def test_what_a_function_speaks_of_is_put_into_evaluation_mode_and_back():
         assert torch.equal(inner[1].running_mean, before) and all(part.training for part in inner)
         assert all(p.requires_grad for p in inner.parameters())
     assert "given in training mode" in check_mode(lambda x: inner(x))["found"]
+
+
+INNER = net().train()
+
+
+class Global(nn.Module):
+    "Calls a network that is no part of it, as notebooks do."
+
+    def __init__(self):
+        super().__init__()
+        self.INNER = nn.Identity()  # of the same name
+
+    def forward(self, x):
+        return self.INNER(INNER(x))
+
+
+class Named(Global):
+    def forward(self, x):
+        return self.INNER(x.flatten(1))
+
+
+def test_a_module_that_calls_a_global_network_leaves_it_as_it_is(digits):
+    before = INNER[1].running_mean.clone()
+    record = evaluate(Global().eval(), digits, ATTACKS[:2], images=20, check_images=5, quiet=True)
+    assert torch.equal(INNER[1].running_mean, before) and INNER.training and record["copied"] is False
+    assert record["verdicts"] == evaluate(net(), digits, ATTACKS[:2], images=20, check_images=5, quiet=True)["verdicts"]
+    assert "given in training mode" in check_mode(Global().eval())["found"]
+    assert isinstance(as_module(Named()), Named)  # which has only an attribute of that name
 
 
 @pytest.mark.parametrize("make, passed, found", [
