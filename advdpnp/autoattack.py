@@ -72,6 +72,7 @@ class SearchAttack(Attack):
     norm: str = "linf"  # or "l2"
 
     def __post_init__(self):
+        super().__post_init__()
         self.threat  # a ValueError if there is no such threat model
         for name in ("steps", "targets", "queries"):
             if getattr(self, name, 1) < 1:

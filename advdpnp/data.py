@@ -376,8 +376,8 @@ def stored_arrays(
         if "Object arrays" in str(error):
             raise ValueError(f"{path} holds Python objects, which are not read: expected arrays of numbers, and of "
                              f"strings for class_names") from error
-        raise ValueError(f"{path} is damaged or not an .npz archive ({error}): delete it and load the data set again"
-                         ) from error
+        raise ValueError(f"{path} is damaged or not an .npz archive ({error}): if it was made here, move it away and "
+                         f"load the data set again") from error
 
 # %% ../nbs/92_data.ipynb #382f0928
 def read_archive(path) -> Dataset:

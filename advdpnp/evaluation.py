@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'SUBSET_SEED', 'wilson', 'standard_attacks', 'described', 'percent', 'accuracy', 'worst_case', 'to_digits',
            'from_digits', 'logit_range', 'OtherEvaluation', 'Resume', 'check_scale', 'as_pixels', 'batches_of',
-           'pair_of', 'as_dataset', 'check_names', 'image_order', 'Plan', 'check_budgets', 'make_plan', 'images_of',
+           'pair_of', 'as_dataset', 'ready', 'check_names', 'image_order', 'Plan', 'make_plan', 'images_of',
            'clean_logits', 'survivors', 'attacked', 'metrics_of', 'trusted', 'checked', 'evaluate', 'accuracy_table',
            'check_table', 'report', 'budget_text', 'robustbench_info']
 
@@ -23,11 +23,12 @@ from fastcore.basics import patch
 from scipy.stats import binomtest
 from torch import nn
 
-from .attacks import CW, FGSM, PGD, PrototypePGD, all_logits, check_labels, margin, robust_to
-from .core import one_of, own_randomness, read_json, write_json
+from .attacks import CW, FGSM, PGD, Foreign, PrototypePGD, ThreatModel, all_logits, as_attack, check_labels
+from .attacks import margin, robust_to
+from .core import number, one_of, own_randomness, read_json, whole, write_json
 from .data import ROUNDING, Dataset, Loader, as_array, as_labels, channels_last, in_parts, lacking
 from .data import stratified_order
-from .still import device_of, full_precision, held_still
+from .still import as_module, device_of, full_precision, held_still, search_precision
 
 # %% ../nbs/60_evaluation.ipynb #90deafdd
 def wilson(
@@ -57,12 +58,19 @@ def standard_attacks(
 # %% ../nbs/60_evaluation.ipynb #c017b
 def described(attack) -> dict:
     "An attack's class and settings, as far as they are plain values."
+    if isinstance(attack, Foreign):
+        known = described(attack.attack) | dict(name=attack.name, eps=attack.eps, norm=attack.norm)
+        package = type(attack.attack).__module__.split(".")[0]
+        return known | {"class": f"{package}.{known['class']}"} if package in ("torchattacks", "foolbox") else known
     if dataclasses.is_dataclass(attack):
-        settings = dataclasses.asdict(attack)
-    else:
-        plain = (str, int, float, bool, type(None))
-        settings = {key: value for key, value in getattr(attack, "__dict__", {}).items() if isinstance(value, plain)}
-    return {"class": type(attack).__qualname__} | settings
+        return {"class": type(attack).__qualname__} | dataclasses.asdict(attack)
+    settings = {}
+    for key, value in getattr(attack, "__dict__", {}).items():
+        if isinstance(value, (str, bool, type(None))):
+            settings[key] = value
+        elif getattr(value, "ndim", 0) == 0 and isinstance(value, (int, float, np.number, torch.Tensor)):
+            settings[key] = number(value, key)
+    return {"class": type(attack).__qualname__} | {k: v for k, v in settings.items() if not k.startswith("_")}
 
 # %% ../nbs/60_evaluation.ipynb #bad0ee8a
 def percent(
@@ -108,8 +116,8 @@ def logit_range(
     labels: torch.Tensor,  # (N,)
 ) -> dict:
     "The smallest and largest logit, and quartiles of the true class's lead over the best other one."
-    quartiles = (-margin(logits, labels)).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return dict(min=logits.min().item(), max=logits.max().item(), margin_quartiles=quartiles)
+    lead, quarters = -margin(logits, labels).float(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float32)
+    return dict(min=logits.min().item(), max=logits.max().item(), margin_quartiles=lead.quantile(quarters).tolist())
 
 # %% ../nbs/60_evaluation.ipynb #13d5e707
 class OtherEvaluation(ValueError):
@@ -131,8 +139,8 @@ class Resume:
         if self.path and self.path.exists():
             saved = read_json(self.path)
             if differs := sorted(n for n in {*key, *saved["key"]} if saved["key"].get(n) != key.get(n)):
-                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): delete it, "
-                                      f"or name another file")
+                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): name "
+                                      f"another file, or move this one away")
             self.stages, self.before = saved["stages"], saved["seconds"]
 
 # %% ../nbs/60_evaluation.ipynb #92ea8308
@@ -261,6 +269,19 @@ def as_dataset(
     one = Loader(x[:1], np.zeros(1, np.int64), 1, device=device_of(model))
     return Dataset("images", x[:0], y[:0], x, y, class_names=range(all_logits(model, one).shape[1]))
 
+# %% ../nbs/60_evaluation.ipynb #e3ebac7e
+def ready(
+    attacks,  # an attack, or several: ours or anyone's
+    pixels: int,  # C * H * W of an image
+) -> list:
+    "Attacks that each have a name, a budget and a norm; a ValueError names one that cannot be run on such images."
+    if callable(attacks) or isinstance(attacks, str):
+        attacks = [attacks]
+    attacks = [as_attack(attack) for attack in attacks]
+    for attack in attacks:
+        ThreatModel(attack.eps, getattr(attack, "norm", "linf")).check_reach(pixels)
+    return attacks
+
 # %% ../nbs/60_evaluation.ipynb #0e2ff930
 def check_names(
     attacks: list,  # each with a `name` and `eps`
@@ -331,42 +352,30 @@ def check_rows(self: Plan) -> np.ndarray:  # places in `order`
     order = image_order(self.dataset, self.images, self.check_images) if self.as_they_are else np.arange(self.images)
     return order[: self.check_images]
 
-# %% ../nbs/60_evaluation.ipynb #4251facd
-def check_budgets(
-    attacks: list,  # each with `eps`
-    shape: tuple,  # (H, W, C) of an image
-):
-    "Raise a ValueError if an attack's ball holds all images."
-    widest = float(np.prod(shape)) ** 0.5
-    for attack in attacks:
-        if str(getattr(attack, "norm", "linf")).lower() == "l2" and attack.eps >= widest:
-            raise ValueError(f"eps is {attack.eps:g} in l2: no two images of {'x'.join(map(str, shape))} in [0, 1] are "
-                             f"further apart than {widest:.3g}, expected less, such as 0.5")
-
 # %% ../nbs/60_evaluation.ipynb #85bf55cd
 def make_plan(
     dataset: Dataset,
-    attacks,  # iterable
+    attacks,  # see `ready`
     images: int | None = None,  # see `evaluate` for these
     limits: dict | None = None,
     check_images: int = 200,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     seed: int = 0,
     device: torch.device = torch.device("cpu"),
 ) -> Plan:
     "What to do; a ValueError if the arguments do not go together."
-    attacks, limits = [*attacks], limits or {}
+    attacks, limits = ready(attacks, dataset.x_test[0].size), limits or {}
     check_names(attacks, limits)
-    check_budgets(attacks, dataset.x_test.shape[1:])
+    batch_size = (1000 if device.type == "cuda" else 500) if batch_size is None else batch_size
     counts = dict(images=images, batch_size=batch_size, check_images=check_images)
-    for what, number in (counts | {f"the limit of {name}": limit for name, limit in limits.items()}).items():
-        if number is not None and (number < 1 or number != int(number)):
-            raise ValueError(f"{what} is {number}: expected at least 1, a whole number")
+    for what, count in (counts | {f"the limit of {name}": limit for name, limit in limits.items()}).items():
+        if count is not None and whole(count, what) < 1:
+            raise ValueError(f"{what} is {count}: expected at least 1")
     n = int(min(images or len(dataset.y_test), len(dataset.y_test)))
     limits = {attack.name: int(min(limits.get(attack.name, n), n)) for attack in attacks}
     fewest = min([n, *limits.values()])
     return Plan(dataset, attacks, image_order(dataset, n, fewest), limits, int(min(check_images, fewest)),
-                int(batch_size), int(seed), device)
+                int(batch_size), whole(seed, "seed"), device)
 
 # %% ../nbs/60_evaluation.ipynb #b292a907
 @patch
@@ -508,13 +517,13 @@ def checked(
 
 # %% ../nbs/60_evaluation.ipynb #9c0249a1
 def evaluate(
-    model: nn.Module,  # images in [0, 1] to logits, on any device
+    model,  # images in [0, 1] to logits, on any device: an nn.Module, or a function
     dataset,  # a `Dataset`, whose test images are used, a pair (images, labels) or batches, see `as_dataset`
-    attacks=(),  # from `standard_attacks`, or any with `eps` and a `name`, the metric's name in the record
+    attacks=(),  # from `standard_attacks`, or any with `eps`, see `ready`; the name is the metric's in the record
     images: int | None = None,  # so many test images, stratified; None: all
     limits: dict | None = None,  # fewer images for some attacks: name to number
     check_images: int = 200,  # so many, at most, are used for the sanity checks
-    batch_size: int = 500,
+    batch_size: int | None = None,  # images attacked together; None: 500, on a GPU 1,000
     seed: int = 0,  # of random starts
     twin: nn.Module | None = None,  # the same architecture, undefended, for two of the checks
     resume=None,  # a file from which an interrupted evaluation goes on
@@ -523,7 +532,8 @@ def evaluate(
     title: str = "",  # before the attacks' names on the bars
 ) -> dict:  # dataset, data_sha256, n, subset, remarks, device, copied, batch_size, seed, seconds; metrics, checks, ...
     "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it."
-    began, data = time.monotonic(), as_dataset(dataset, model)
+    began, model = time.monotonic(), as_module(model)
+    data = as_dataset(dataset, model)
     plan = make_plan(data, attacks, images, limits, check_images, batch_size, seed, device_of(model))
     labels = torch.from_numpy(data.y_test[plan.order])
     with full_precision(), held_still(model, next(iter(plan.loader(8)))[0]) as still:
@@ -534,7 +544,7 @@ def evaluate(
         after, verdicts = attacked(still, plan, logits.argmax(1) == labels, kept, quiet, title)
     record = dict(dataset=data.name, data_sha256=data.sha256, n=plan.images, subset=plan.subset(),
                   remarks=plan.remarks(), device=str(plan.device), copied=still.copied, batch_size=plan.batch_size,
-                  seed=plan.seed, metrics=metrics_of(plan, after, verdicts), logits=logit_range(logits, labels))
+                  products=dict(search=search_precision(plan.device), verdicts="ieee"), seed=plan.seed, metrics=metrics_of(plan, after, verdicts), logits=logit_range(logits, labels))
     if deadline is not None and time.time() > deadline:
         raise TimeoutError("time is up before the sanity checks")
     if plan.attacks:

@@ -160,7 +160,7 @@ def check_publishable(
     if record is None:
         raise ValueError(f"{run} is not a finished run: train and measure it first")
     if (folder / "config.json").exists() and read_json(folder / "config.json")["run"] != config:
-        raise ValueError(f"{folder} holds another run: choose another name, or delete it")
+        raise ValueError(f"{folder} holds another run: choose another name, or move it away")
     if not ledger.trained(config) or record["best"]["sha256"] != ledger.sha256(config):
         raise ValueError(f"the record of {run} is of other weights, measured elsewhere: measure these first")
 

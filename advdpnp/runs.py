@@ -381,13 +381,15 @@ def load_checkpoint(
 ) -> tuple[torch.nn.Module, dict]:  # the network in evaluation mode, and the run's configuration
     "A trained network, on the CPU."
     path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ValueError(f"{path} is no file of a run's weights: expected a .safetensors file or the folder of its run")
     settings = path.parent / "config.json"
     for file in (path, settings):
         if not file.exists():
             raise FileNotFoundError(
                 f"{file} is not there: a run's folder holds config.json, best.safetensors and last.safetensors"
             )
-    said, advice = read_json(settings), f"delete {path.parent} to get it anew"
+    said, advice = read_json(settings), "expected the one of this run; train it again in another folder, or get it anew"
     if "run" not in said:
         raise ValueError(
             f"{settings} is not of a run of the ledger: it does not say which network the weights belong to"
@@ -556,8 +558,8 @@ def model(self: Ledger, config, which="best"):
         raise FileNotFoundError(f"{path} is not there: train this run first, with Ledger.run")
     result = path.with_name("result.json")
     if result.exists() and read_json(result)[which]["sha256"] != self.sha256(config, which):
-        raise ValueError(f"{path} is not the file that was measured (its sha256 differs): delete {path.parent} to "
-                         f"train this run again")
+        raise ValueError(f"{path} is not the file that was measured (its sha256 differs): put that one "
+                         f"back, or move {path.parent} away to train this run again")
     return load_checkpoint(path)[0].to(self.device)
 
 # %% ../nbs/70_runs.ipynb #a67efb42
@@ -612,8 +614,8 @@ def attacked(ledger, config, deadline):
     "The best and the last epoch of a run under every attack, and how it was trained."
     folder = ledger.folder(config)
     if not (folder / "state.pt").exists():
-        raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: delete {folder} to "
-                         f"train it again")
+        raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: put it "
+                         f"back, or move {folder} away to train this run again")
     state = load_state(folder / "state.pt")
     record = dict(epochs=state["epoch"], training_seconds=round(state["seconds"], 2), history=state["history"],
                   selection=f"best of {state['epoch']} epochs by {chosen_by(config)}")
@@ -728,7 +730,7 @@ def result(
     record, best = read_json(path), path.with_name("best.safetensors")
     if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
         raise ValueError(
-            f"{path} is of another checkpoint than {best} (its sha256 differs): delete it to measure again"
+            f"{path} is of another checkpoint than {best} (its sha256 differs): move it away to measure again"
         )
     return record
 

@@ -10,6 +10,7 @@ __all__ = ['SCHEDULES', 'one_cycle', 'drops', 'perturbed', 'move_average', 'Loss
 # %% ../nbs/50_training.ipynb #99934a07
 import dataclasses
 import json
+import pickle
 import time
 import warnings
 import zipfile
@@ -27,10 +28,10 @@ from torch.utils._pytree import tree_leaves
 from .attacks import PGD, correct, robust_to
 from .core import claim_folder, close_bar, one_of, own_randomness, pick_device, progress_bar, replacing
 from .core import seed_globally, seed_of, seeded
-from .data import Dataset, Loader, Stream, hold_out
+from .data import Dataset, Loader, Stream, hold_out, to_float
 from .parallel import as_the_first_says, mean_over_processes, my_rows, noise_of_my_rows, share
 from .parallel import share_batch_norms, wait_for_all
-from .still import NotCopied, Still, frozen_copy, in_place, named_tensors
+from .still import NotCopied, Still, device_of, frozen_copy, in_place, named_tensors
 
 # %% ../nbs/50_training.ipynb #c016
 def one_cycle(
@@ -304,17 +305,18 @@ def save_checkpoint(
 def load_state(
     path: Path,  # of a state.pt
 ) -> dict:
-    "The state of a run, on the CPU; a ValueError if the file is damaged."
+    "The state of a run, on the CPU; a ValueError if the file is damaged, or holds something else."
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         damaged = error
     if damaged:
-        raise ValueError(f"{path} is damaged ({damaged}): delete {path.parent} to train this run again")
+        raise ValueError(f"{path} is damaged, or no state of a run ({damaged}): move {path.parent} away to train this "
+                         f"run again")
     return state
 
 # %% ../nbs/50_training.ipynb #c030
@@ -371,10 +373,33 @@ class Trainer:
         self._describe()
         self._claim()
 
+# %% ../nbs/50_training.ipynb #27833977
+@patch
+def _check_net(self: Trainer):
+    "Raise a ValueError for a network or a method that cannot be trained."
+    net, kind = self.net, getattr(self.net, "__name__", type(self.net).__name__)
+    if not (isinstance(net, torch.nn.Module) and all(hasattr(net, name) for name in ("backbone", "head", "features"))):
+        raise ValueError(f"the network is {kind}: expected LinearNet(backbone, num_classes) or PrototypeNet(backbone, "
+                         f"num_classes), where the backbone returns features (B, d) and has an attribute num_features; "
+                         f"for a ResNet of torchvision, net.fc = torch.nn.Identity() and net.num_features = 512")
+    if isinstance(self.method, (str, type)) or not hasattr(self.method, "loss"):
+        raise ValueError(f"the method is {self.method!r}: expected one such as TRADES()")
+    if self.method.prototypes and not hasattr(net.head, "prototypes"):
+        raise ValueError(f"{type(self.method).__name__} trains prototypes, {kind} has none: expected a PrototypeNet")
+    images = self.dataset.x_train if len(self.dataset.x_train) else self.dataset.x_test
+    x = to_float(torch.from_numpy(images[:2])).to(device_of(net))
+    try:
+        still = Still(net)
+    except NotCopied:  # the network itself is left as it is
+        return
+    with torch.no_grad(), own_randomness(x.device, 0):
+        still(x)
+
 # %% ../nbs/50_training.ipynb #d9d35269
 @patch
 def _check(self: Trainer):
     "Raise a ValueError for options that cannot be."
+    self._check_net()
     one_of(self.schedule, SCHEDULES, "schedule")
     one_of(self.precision, ["float32", "bf16"], "precision")
     if not (0 <= self.awp < 1 and 0 <= self.ema < 1):
@@ -395,7 +420,8 @@ def _check(self: Trainer):
 def _set_up(self: Trainer):
     "Network, optimiser, averages, and where we are: the beginning."
     self.device = pick_device(self.device)
-    self.net = share_batch_norms(self.net.to(self.device, memory_format=torch.channels_last))
+    layout = torch.channels_last if getattr(self.net, "channels_last", False) else torch.preserve_format
+    self.net = share_batch_norms(self.net.to(self.device, memory_format=layout))
     self.optimizer = torch.optim.SGD(self.net.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay,
                                      fused=self.device.type == "cuda")
     self.average = frozen_copy(self.net) if self.ema else None

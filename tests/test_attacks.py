@@ -203,7 +203,7 @@ def test_bad_batches(net, x, y, message):
     (lambda: FGSM(8), r"eps is 8: expected 0 to 1, the scale of the images \(8/255, not 8\)"),
     (lambda: PGD(0.1, steps=-1), "steps is -1"),
     (lambda: PGD(0.1, step_size=-1), "step_size is -1"),
-    (lambda: ThreatModel(0.1, "l_inf"), "unknown norm 'l_inf': did you mean 'linf'"),
+    (lambda: ThreatModel(0.1, "l1"), "unknown norm 'l1': did you mean"),
 ])
 def test_bad_attacks(make, message):
     with pytest.raises(ValueError, match=message):

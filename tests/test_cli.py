@@ -42,7 +42,37 @@ def wrong():
     return 3
 
 made = linear()
+
+def sized(size):
+    return linear()
+
+class Failing(torch.nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+    def forward(self, x):
+        raise self.error
+
+def type_error():
+    return Failing(TypeError("no")).eval()
+
+def key_error():
+    return Failing(KeyError("no")).eval()
+
+def index_error():
+    return Failing(IndexError("no")).eval()
+
+def runtime_error():
+    return Failing(RuntimeError("no")).eval()
+
+def outputs():
+    net = linear()
+    net.register_forward_hook(lambda module, inputs, output: dict(logits=output))
+    return net
 """
+
+BROKEN = dict(key="{}['a']", syntax="def f(:", importing="import nowhere_at_all", exits="import sys\nsys.exit(3)",
+              zero="a = 1\n\nb = a / 0")
 
 
 @pytest.fixture
@@ -171,14 +201,24 @@ MODEL, DATA = ["their_models:linear"], ["--dataset", "digits"]
     (["their_models:wrong", *DATA], "their_models:wrong returns int: expected a torch.nn.Module"),
     (["their_models:gone", *DATA], "their_models:gone cannot be imported"),
     (["nowhere", *DATA], "nowhere is neither a file or folder nor package.module:function"),
-    (["their_models.py", *DATA], "config.json is not there"),
+    (["their_models.py", *DATA], "which function in it returns the model? their_models.py:function"),
+    (["./gone.py:net", *DATA], "./gone.py:net cannot be imported"),
+    (["./their_models.py:linaer", *DATA], "there is no linaer in ./their_models.py: did you mean linear?"),
+    (["./their_models.py:", *DATA], "names no function"),
+    (["./their_models.py:made", *DATA], "is a model: expected a function"),
+    (["./their_models.py:sized", *DATA], "sized needs size: expected a function without arguments"),
+    (["their_models:type_error", *DATA], "with TypeError: no ("),
+    (["their_models:key_error", *DATA], "with KeyError: 'no' ("),
+    (["their_models:index_error", *DATA], "their_models.py, line 36)"),
+    (["their_models:runtime_error", *DATA], "their_models.py, line 36)"),
+    (["their_models:outputs", *DATA], "give lambda x: model(x)['logits'] as the model"),
     ([*MODEL, "--dataset", "digit"], "did you mean 'digits'"),
     ([*MODEL, *DATA, "--eps", "8"], "eps is 8.0: expected 0 to 1"),
     ([*MODEL, *DATA, "--eps", "8:255"], "expected a number or a fraction"),
     ([*MODEL, *DATA, "--attacks", "pgd"], "unknown attack 'pgd': did you mean 'pgd20'"),
     ([*MODEL, *DATA, "--attacks", "prototype"], "unknown attack 'prototype'"),
     ([*MODEL, *DATA, "--norm", "l2"], "--norm l2 needs --eps"),
-    ([*MODEL, *DATA, "--norm", "l2", "--eps", "128"], "eps is 128 in l2: no two images of 8x8x1"),
+    ([*MODEL, *DATA, "--norm", "L2", "--eps", "128"], "no two images of 64 pixels are further apart than 8 in l2"),
     ([*MODEL, *DATA, "--robustbench", "x.json", "--autoattack-images", "5"], "on the images of the clean accuracy"),
     ([*MODEL, *DATA, "--attacks", "fgsm", "--autoattack-images", "5"], "needs the attack autoattack"),
     ([*MODEL, *DATA, "--norm", "l1"], "unknown norm 'l1'"),
@@ -191,6 +231,36 @@ def test_mistakes_get_a_sentence(here, words, message):
     done = run("evaluate", *words)
     assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output
     assert done.stderr.startswith("error: ") and files(here) == ["their_models.py"]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_module_that_cannot_be_imported_is_named_with_its_line(here, name):
+    (here / f"{name}_models.py").write_text(BROKEN[name])
+    for place in (f"{name}_models", f"./{name}_models.py", here / f"{name}_models.py"):
+        done = run("evaluate", f"{place}:net", *DATA)
+        line = BROKEN[name].count("\n") + 1
+        assert done.exit_code == 1 and done.stderr.startswith(f"error: {place}:net cannot be imported")
+        assert f"{name}_models.py, line {line})" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_function_of_a_file_beside_its_neighbours(here, monkeypatch):
+    (here / "deep").mkdir()
+    (here / "deep/nets.py").write_text("from of_nets import linear as net")
+    (here / "deep/of_nets.py").write_text(MODELS)
+    words = [*DATA, "--eps", "0.05", "--attacks", "fgsm", "--images", 10, "--quiet"]
+    assert run("evaluate", "deep/nets.py:net", *words).exit_code == 0
+    assert (here / "net-digits-linf-0.05.json").exists()
+    monkeypatch.chdir(here / "deep")
+    assert run("evaluate", "../their_models.py:linear", *words, "--norm", "Linf").exit_code == 0
+    assert json.loads((here / "deep/linear-digits-linf-0.05.json").read_text())["metrics"]["fgsm"]["n"] == 10
+
+
+def test_another_file_of_a_run_is_not_called_damaged(here):
+    for name in ("config.json", "state.pt", "best.safetensors"):
+        (here / name).write_text("{}")
+    done = run("evaluate", "state.pt", *DATA)
+    assert "state.pt is no file of a run's weights: expected a .safetensors file or the folder" in done.stderr
+    assert "delete" not in done.stderr
 
 
 @pytest.mark.parametrize("words, message", [
@@ -229,7 +299,8 @@ def test_mistakes_in_other_commands_get_a_sentence(here, words, message):
     (import_model, "torch:no_such", "torch:no_such cannot be imported"),
     (import_model, "torch:no_grad.__name__", "cannot be imported"),
     (import_model, "math:pi", "math:pi is a float: expected a function without arguments"),
-    (import_model, "math:cos", r"math:cos\(\) fails with TypeError"),
+    (import_model, "math:cos", r"math:cos needs x: expected a function without arguments"),
+    (import_model, "their_models:linear:made", "their_models:linear:made cannot be imported"),
     (import_model, "their_models:made", "their_models:made is a model: expected a function"),
 ])
 def test_words_that_mean_nothing(here, parse, text, message):
