@@ -538,7 +538,7 @@ def parse_jobs(
 def table(
     number: _Number, preset: _Preset = "auto", dataset: _OtherData = "", methods: _Methods = "",
     seeds: _Seeds = "auto", time_limit: _TimeLimit = None, jobs: _Jobs = "auto", use_results: _UseResults = False,
-    device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
+    keep_going: _KeepGoing = False, device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
 ):
     "Train and measure what a table lacks, and write it; what is left is listed, and the same command goes on."
     with plain_errors():
@@ -546,7 +546,7 @@ def table(
 
         limit = parse_time(time_limit) if time_limit else None
         made = make_table(number, preset, dataset, methods, seeds, limit, device, data_dir, parse_jobs(jobs), quiet,
-                          use_results=use_results)
+                          use_results, keep_going)
     if made.files:
         show(made.files[-1].read_text(encoding="utf-8"))
     for line in made.left:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'Finding', 'versions', 'imports_alone', 'order_of_imports', 'gpu', 'cpu', 'hardware', 'read_or_broken',
-           'data_sets', 'records', 'runs_of', 'disk', 'examine']
+           'data_sets', 'networks', 'records', 'runs_of', 'disk', 'examine']
 
 # %% ../nbs/79_doctor.ipynb #adf1f795
 import importlib.metadata
@@ -103,17 +103,21 @@ def data_sets(data_dir: Path) -> list[Finding]:
     "The archives of a data folder."
     found = [read_or_broken(f"data set {path.stem}", lambda path=path: repr(read_archive(path)))
              for path in sorted(data_dir.glob("[!.]*.npz"))]
-    return found or [Finding("data sets", "digits, which come with scikit-learn; the others are downloaded when asked for")]
+    return found or [Finding("data sets", "digits, which come with scikit-learn; others are downloaded when asked for")]
+
+
+def networks(data_dir: Path) -> list[Finding]:
+    "The published networks of a data folder."
+    return [read_or_broken(f"network {path.parent.name}", lambda path=path: type(load_checkpoint(path.parent)[0]).__name__)
+            for path in sorted(data_dir.glob("weights/*/config.json"))]
 
 
 def records(data_dir: Path) -> list[Finding]:
-    "The tables' records and the published networks."
+    "The tables' records."
     files = sorted(data_dir.glob("results/*.json"))
-    bad = [finding for finding in (read_or_broken(str(path), lambda path=path: str(bool(read_json(path)))) for path in files)
-           if finding.state == "broken"]
-    nets = [read_or_broken(f"network {path.parent.name}", lambda path=path: type(load_checkpoint(path.parent)[0]).__name__)
-            for path in sorted(data_dir.glob("weights/*/config.json"))]
-    return [Finding("records", f"{len(files) - len(bad)} of {len(files)} files in {data_dir / 'results'} are whole"), *bad, *nets]
+    read = [read_or_broken(str(path), lambda path=path: str(bool(read_json(path)))) for path in files]
+    bad = [finding for finding in read if finding.state == "broken"]
+    return [Finding("records", f"{len(files) - len(bad)} of {len(files)} files are whole"), *bad]
 
 
 def runs_of(data_dir: Path) -> list[Finding]:
@@ -141,4 +145,5 @@ def examine(
 ) -> list[Finding]:
     "All findings."
     data = Path(data_dir)
-    return [*versions(), order_of_imports(), *hardware(), *data_sets(data), *records(data), *runs_of(data), disk(data)]
+    return [*versions(), order_of_imports(), *hardware(), *data_sets(data), *records(data), *networks(data),
+            *runs_of(data), disk(data)]

@@ -544,7 +544,8 @@ def evaluate(
         after, verdicts = attacked(still, plan, logits.argmax(1) == labels, kept, quiet, title)
     record = dict(dataset=data.name, data_sha256=data.sha256, n=plan.images, subset=plan.subset(),
                   remarks=plan.remarks(), device=str(plan.device), copied=still.copied, batch_size=plan.batch_size,
-                  products=dict(search=search_precision(plan.device), verdicts="ieee"), seed=plan.seed, metrics=metrics_of(plan, after, verdicts), logits=logit_range(logits, labels))
+                  products=dict(search=search_precision(plan.device), verdicts="ieee"), seed=plan.seed,
+                  metrics=metrics_of(plan, after, verdicts), logits=logit_range(logits, labels))
     if deadline is not None and time.time() > deadline:
         raise TimeoutError("time is up before the sanity checks")
     if plan.attacks:

@@ -67,7 +67,7 @@ def _use(precision):
 _PRECISIONS = Kept(lambda: (_older_settings(), [place.fp32_precision for place in _PLACES]), _set_precisions)
 _HERE = threading.local()
 
-
+# %% ../nbs/96_still.ipynb #1e893cad
 @contextmanager
 def products_in(
     precision: str,  # of float32 products: "ieee" for true float32, or "tf32"
@@ -215,7 +215,7 @@ def checked_logits(
     raise ValueError(f"the model returns {what}, expected logits ({n}, K), floats"
                      + f": give lambda x: {take} as the model, or a module that does this" * bool(take))
 
-
+# %% ../nbs/96_still.ipynb #2e921ef5
 class ModelFails(RuntimeError):
     "A model raises an error when it is asked about images."
 
@@ -300,7 +300,7 @@ def folding_pairs(
 class NotCopied(TypeError):
     "A model cannot be copied."
 
-
+# %% ../nbs/96_still.ipynb #78cc8d1e
 def unwrapped(
     model: nn.Module,
 ) -> nn.Module:

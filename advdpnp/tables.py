@@ -650,10 +650,11 @@ def make_table(
     jobs: int | str = "auto",  # runs side by side
     quiet: bool = False,  # no progress bars
     use_results: bool = False,  # runs that have a record in `<data_dir>/results` count as finished
+    keep_going: bool = False,  # train on though nothing is learnt, see `Trainer`
 ) -> Table:
     "Train and measure what is asked for and not there, and write the table; an error of a run is raised at the end."
     plan, failure = plan_table(number, preset, dataset, methods, seeds, device), None
-    ledger = Ledger(data_dir, device, quiet, use_results)
+    ledger = Ledger(data_dir, device, quiet, use_results, keep_going)
     try:
         ledger.run_all([*plan.asked.values()], jobs, time_limit, plan.kind)
     except Exception as error:  # of some of the runs: the others go into the table first

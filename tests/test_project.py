@@ -40,7 +40,8 @@ def copy(tmp_path):
 
 
 def contents(folder, *patterns):
-    return {str(p.relative_to(folder)): p.read_bytes() for pattern in patterns for p in folder.glob(pattern)}
+    return {str(p.relative_to(folder)): p.read_bytes() for pattern in patterns for p in folder.glob(pattern)
+            if p.is_file()}
 
 
 @pytest.mark.parametrize("command", ["nbdev_export", "nbdev_clean"])
@@ -178,7 +179,7 @@ def test_the_wheel_holds_the_package_alone(copy, tmp_path_factory):
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
         metadata = z.read(next(n for n in names if n.endswith("/METADATA"))).decode()
-    package = {f"advdpnp/{p.name}" for p in (ROOT / "advdpnp").glob("*.py")}
+    package = {f"advdpnp/{p.name}" for p in (ROOT / "advdpnp").glob("*.py")} | {"advdpnp/py.typed"}
     assert package == {n for n in names if ".dist-info/" not in n}
     core = [line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")
             and "extra ==" not in line]

@@ -20,7 +20,7 @@ def papermill(folder, output):
     "Table 1 of `METHODS` at preset quick, on one core: workers of their own would start longer than they work."
     command = [os.path.join(os.path.dirname(sys.executable), "papermill"), "nbs/table1.ipynb", output, "-p", "data_dir",
                folder, "-p", "dataset", "few", "-p", "methods", METHODS, "-p", "preset", "quick", "-p", "device", "cpu",
-               "--no-progress-bar", "--stdout-file", output.with_suffix(".txt")]
+               "-p", "keep_going", "True", "--no-progress-bar", "--stdout-file", output.with_suffix(".txt")]
     alone = (lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})) if sys.platform == "linux" else None
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # pictures as on a page
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment,
@@ -37,7 +37,8 @@ def few_digits(digits, folder):
 
 def made(folder, number=1, methods=METHODS, **given):
     "A table in this process."
-    return make_table(number, "quick", "few", methods, device="cpu", data_dir=folder, jobs=1, quiet=True, **given)
+    return make_table(number, "quick", "few", methods, device="cpu", data_dir=folder, jobs=1, quiet=True,
+                      keep_going=True, **given)
 
 
 def contents(folder):

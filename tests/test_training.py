@@ -72,7 +72,7 @@ def numbers(folder, config=CONFIG):
 def run(folder, config):
     "Train and measure, in whichever process this is."
     for step in ("train", "result"):
-        do_step(folder, "cpu", True, step, config, None)
+        do_step(folder, "cpu", True, False, step, config, None)
 
 
 @pytest.fixture(scope="module")
