@@ -108,7 +108,8 @@ def data_sets(data_dir: Path) -> list[Finding]:
 
 def networks(data_dir: Path) -> list[Finding]:
     "The published networks of a data folder."
-    return [read_or_broken(f"network {path.parent.name}", lambda path=path: type(load_checkpoint(path.parent)[0]).__name__)
+    kind = lambda folder: type(load_checkpoint(folder)[0]).__name__
+    return [read_or_broken(f"network {path.parent.name}", lambda path=path: kind(path.parent))
             for path in sorted(data_dir.glob("weights/*/config.json"))]
 
 

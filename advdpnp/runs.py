@@ -249,7 +249,7 @@ def as_parameter(
 ):
     "The value as the notebook expects it; a ValueError if it cannot be."
     text = value.strip() if isinstance(value, str) else None
-    if name == "use_results":
+    if name in ("use_results", "keep_going"):
         value = {"true": True, "false": False}.get(text.lower(), value) if text else value
         return as_kind(name, value, bool)
     if name in ("minutes", "images", "repeats", "race_images"):
@@ -882,7 +882,8 @@ def share_work(
     deadline: float | None,  # a `time.time()`
 ) -> list[Exception]:  # the errors of those that failed
     "Do a step of several runs."
-    work = [(ledger.data_dir, ledger.device, ledger.quiet, ledger.keep_going, step, config, deadline) for config in configs]
+    how = ledger.data_dir, ledger.device, ledger.quiet, ledger.keep_going, step
+    work = [(*how, config, deadline) for config in configs]
     jobs, errors = min(jobs, len(work)), []
     if jobs <= 1 and ledger.device.type == "cpu":
         for arguments in work:

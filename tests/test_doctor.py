@@ -41,7 +41,8 @@ def test_what_is_broken_is_named_and_the_command_fails(tmp_path):
     ("2.12.1", "0.27.4+cu130", ""), ("3.0.0", "0.40.0", "")])
 def test_pairs_that_do_not_belong_together(monkeypatch, torch, vision, says):
     real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda n: dict(torch=torch, torchvision=vision).get(n) or real(n))
+    here = dict(torch=torch, torchvision=vision)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: here.get(name) or real(name))
     found = versions()
     assert len(broken(found)) == bool(says) and all(says in line for line in broken(found))
     assert ("tested with 2.11" in str(found[1])) == (torch[:4] not in PAIRS)
@@ -52,7 +53,7 @@ def test_an_import_that_fails_alone_gets_a_note(monkeypatch):
     assert order_of_imports().state == "note" and "write `import advdpnp` before" in order_of_imports().todo
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision_first") is None, reason="not the environment that make builds")
+@pytest.mark.skipif(importlib.util.find_spec("torchvision_first") is None, reason="not the environment of make")
 @pytest.mark.parametrize("order", ["timm, advdpnp", "torchvision, timm", "advdpnp, timm", "torch, torchvision"])
 def test_imports_in_any_order(order, tmp_path):
     subprocess.run([sys.executable, "-c", f"import {order}"], check=True, cwd=tmp_path)

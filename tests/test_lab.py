@@ -27,7 +27,7 @@ def lab(tmp_path):
     options = f"--no-browser --allow-root --port={port} --IdentityProvider.token={TOKEN} --ServerApp.open_browser=False"
     server = subprocess.Popen(["make", "lab", f"ARGS={options}"], cwd=ROOT, start_new_session=True,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              env=os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)})
+                              env=os.environ | dict.fromkeys(["JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"], str(tmp_path)))
 
     def ask(path, /, **data):
         request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", json.dumps(data).encode() if data else None,
@@ -64,7 +64,8 @@ def run(connection, source):
 def test_the_method_on_one_page_runs_in_jupyterlab(lab):
     assert "JupyterLab" in lab("lab")
     page = json.loads(lab("api/contents/00_method.ipynb"))["content"]
-    session = json.loads(lab("api/sessions", path="00_method.ipynb", type="notebook", name="", kernel=dict(name="python3")))
+    wanted = dict(path="00_method.ipynb", type="notebook", name="", kernel=dict(name="python3"))
+    session = json.loads(lab("api/sessions", **wanted))
     connection = websocket.create_connection(lab.channel.format(session["kernel"]["id"]), timeout=240,
                                              header=[f"Authorization: token {TOKEN}"])
     cells = [cell["source"] for cell in page["cells"] if cell["cell_type"] == "code"]

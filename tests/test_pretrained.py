@@ -1,5 +1,7 @@
 "Networks are saved into folders, built again from them, and shared on the hub."
 import json
+import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -42,13 +44,19 @@ def test_a_network_is_pushed_to_the_hub_and_comes_back_from_there(tmp_path, monk
     net, hub = LinearNet("cifar_resnet8", 10, mean=(0.3,), std=(0.4,)).eval(), tmp_path / "hub"
 
     class Api:
-        def __init__(self, token=None, **_): pass
-        def create_repo(self, repo_id, **_): return type("Url", (), dict(repo_id=repo_id))
+        def __init__(self, token=None, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
         def upload_folder(self, repo_id, folder_path, **_):
-            __import__("shutil").copytree(folder_path, hub / repo_id)
+            shutil.copytree(folder_path, hub / repo_id)
 
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", lambda repo_id, filename, **_: str(hub / repo_id / filename))
+    there = lambda repo_id, filename, **_: str(hub / repo_id / filename)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", there)
     net.push_to_hub("me/mine")
-    assert sorted(path.name for path in (hub / "me/mine").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    files = sorted(path.name for path in (hub / "me/mine").iterdir())
+    assert files == ["README.md", "config.json", "model.safetensors"]
     assert torch.equal(LinearNet.from_pretrained("me/mine")(X), net(X))

@@ -1,4 +1,4 @@
-"The site: every page opens without an error, on a wide and on a narrow screen, and nothing on it is missing or cut off."
+"The site: every page opens without an error, on a wide and a narrow screen, and nothing on it is missing or cut off."
 import functools
 import http.server
 import shutil
@@ -27,7 +27,8 @@ LOOK = """() => ({
     text: document.querySelector('article').innerText,
     cut: [...document.querySelectorAll('article table')].filter(t => {
         const box = t.closest('.md-typeset__scrollwrap, div') ?? t;
-        const scrolls = [t, box, box.firstElementChild].some(e => e && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX));
+        const scrolls = [t, box, box.firstElementChild].some(
+            e => e && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX));
         return t.getBoundingClientRect().right > innerWidth && !scrolls;
     }).length,
 })"""
@@ -62,7 +63,8 @@ def looked(site):
             page, errors = browser.new_page(viewport=dict(width=width, height=900)), []
             page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda error: errors.append(str(error)))
-            page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else errors.append(r.url))
+            ours = address, "data:", "blob:"
+            page.on("request", lambda asked: None if asked.url.startswith(ours) else errors.append(asked.url))
             for name in pages:
                 errors.clear()
                 page.goto(f"{address}/{name}")
