@@ -27,7 +27,7 @@ def lab(tmp_path):
     options = f"--no-browser --allow-root --port={port} --IdentityProvider.token={TOKEN} --ServerApp.open_browser=False"
     server = subprocess.Popen(["make", "lab", f"ARGS={options}"], cwd=ROOT, start_new_session=True,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              env=os.environ | dict.fromkeys(["JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"], str(tmp_path)))
+                              env=os.environ | {f"JUPYTER_{name}_DIR": str(tmp_path) for name in ("CONFIG", "RUNTIME")})
 
     def ask(path, /, **data):
         request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", json.dumps(data).encode() if data else None,

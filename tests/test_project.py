@@ -179,7 +179,7 @@ def test_the_wheel_holds_the_package_alone(copy, tmp_path_factory):
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
         metadata = z.read(next(n for n in names if n.endswith("/METADATA"))).decode()
-    package = {f"advdpnp/{p.name}" for p in (ROOT / "advdpnp").glob("*.py")} | {"advdpnp/py.typed"}
+    package = {f"advdpnp/{p.name}" for p in (ROOT / "advdpnp").glob("*.py")}
     assert package == {n for n in names if ".dist-info/" not in n}
     core = [line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")
             and "extra ==" not in line]
