@@ -1,13 +1,13 @@
 # make table1                       train, attack and tabulate on the digits; with a GPU: make table1 ARGS='-p preset fast'
 # make numbers PRESET=small MINUTES=9   every table of a preset, as far as nine minutes go; the same command goes on
 #                                       (PACK=folder: puts what it made into a few files, to take along)
-# make test                         everything that must hold
+# make test                         everything that must hold; make kill: what a hundred kills must not change
 PYTHON ?= python3
 # Small networks: more threads would cost more than they give, and outputs should not depend on their number.
 ONE_THREAD = OMP_NUM_THREADS=1
 README = README.md
 
-.PHONY: table1 numbers benchmark test notebooks readme clean
+.PHONY: table1 numbers benchmark test kill notebooks readme clean
 table1: .venv/installed
 	@mkdir -p data/results
 	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - -p preset quick $(ARGS)
@@ -23,6 +23,10 @@ benchmark: .venv/installed
 test: .venv/installed
 	MPLBACKEND=agg $(ONE_THREAD) .venv/bin/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^(table|figure|benchmark)'
 	$(ONE_THREAD) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# A hundred kills at random moments, a minute or ten: the suite does with eight what this does.
+kill: .venv/installed
+	ADVDPNP_KILLS=$(or $(KILLS),100) $(ONE_THREAD) .venv/bin/python -m pytest -q tests/test_kills.py
 
 # Run the notebooks and keep their outputs, without what only scrolled by and of cells tagged no-output.
 notebooks: .venv/installed

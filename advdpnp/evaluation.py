@@ -23,7 +23,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from .attacks import CW, FGSM, PGD, PrototypePGD, all_logits, check_labels, margin, robust_to
-from .core import one_of, read_json, write_json
+from .core import as_text, one_of, read_json, write_json
 from .data import Dataset, Loader
 from .still import device_of, full_precision, held_still
 
@@ -121,16 +121,16 @@ class Resume:
         self,
         path,  # of the file; None: keep nothing
         key: dict,  # what the evaluation is of
-        deadline: float | None = None,  # a `time.time()`
+        deadline: float | None = None,  # a `time.monotonic()`
         began: float | None = None,  # when this run did, a `time.monotonic()`; None: now
     ):
         self.path, self.key, self.deadline, self.stages = path and Path(path), key, deadline, {}
         self.before, self.began = 0.0, time.monotonic() if began is None else began
         if self.path and self.path.exists():
-            saved = read_json(self.path)
+            saved = read_json(self.path, "key", "stages", "seconds")
             if differs := sorted(n for n in {*key, *saved["key"]} if saved["key"].get(n) != key.get(n)):
-                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): delete it, "
-                                      f"or name another file")
+                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): move it "
+                                      f"away, or name another file")
             self.stages, self.before = saved["stages"], saved["seconds"]
 
 # %% ../nbs/60_evaluation.ipynb #92ea8308
@@ -151,7 +151,7 @@ def keeper(
         self.stages[name] = [done, to_digits(verdicts)]
         if self.path:
             write_json(self.path, dict(key=self.key, stages=self.stages, seconds=self.seconds))
-        if self.deadline is not None and time.time() > self.deadline:
+        if self.deadline is not None and time.monotonic() > self.deadline:
             raise TimeoutError(f"time is up in {name}" + f": {self.path} goes on from there" * bool(self.path))
 
     return keep
@@ -366,7 +366,7 @@ def evaluate(
     seed: int = 0,  # of random starts
     twin: nn.Module | None = None,  # the same architecture, undefended, for two of the checks
     resume=None,  # a file from which an interrupted evaluation goes on
-    deadline: float | None = None,  # a `time.time()`; after it a TimeoutError, with everything found kept in `resume`
+    deadline: float | None = None,  # a `time.monotonic()`; after it a TimeoutError, with everything found kept in `resume`
     quiet: bool = False,  # no progress bars
     title: str = "",  # before the attacks' names on the bars
 ) -> dict:  # dataset, data_sha256, n, device, copied, batch_size, seed, seconds; metrics, verdicts, logits; checks, ...
@@ -383,7 +383,7 @@ def evaluate(
     record = dict(dataset=data.name, data_sha256=data.sha256, n=plan.images, device=str(plan.device),
                   copied=still.copied, batch_size=batch_size, seed=seed, metrics=metrics_of(plan, after, verdicts),
                   logits=logit_range(logits, labels))
-    if deadline is not None and time.time() > deadline:
+    if deadline is not None and time.monotonic() > deadline:
         raise TimeoutError("time is up before the sanity checks")
     if plan.attacks:
         record |= checked(model, plan, after, verdicts, twin)
@@ -396,8 +396,8 @@ def accuracy_table(
     "Accuracies with their intervals and numbers of images."
     lines = ["| | accuracy (%) | 95% interval | images |", "|---|---|---|---|"]
     for name, m in metrics.items():
-        lines.append(f"| {name} | {m['accuracy']:.2f} | {m['low']:.1f} to {m['high']:.1f} | {m['n']} |")
-        lines += [f"| … after {stage} | {left:.2f} | | |" for stage, left in m.get("stages", {}).items()]
+        lines.append(f"| {as_text(name)} | {m['accuracy']:.2f} | {m['low']:.1f} to {m['high']:.1f} | {m['n']} |")
+        lines += [f"| … after {as_text(stage)} | {left:.2f} | | |" for stage, left in m.get("stages", {}).items()]
     if len({m["n"] for m in metrics.values()}) > 1:
         lines += ["", f"The numbers of images differ: worst is over the {metrics['worst']['n']} that all attacks saw."]
     return lines
@@ -413,7 +413,8 @@ def check_table(
     lines = [summary, "", "| check | | found | expected |", "|---|---|---|---|"]
     for check in checks:
         verdict = {True: "ok", False: "**failed**", None: "not run"}[check["passed"]]
-        lines.append(f"| {check['name']} | {verdict} | {check['found']} | {check['expected']} |")
+        name, found, expected = (as_text(check[key]) for key in ("name", "found", "expected"))
+        lines.append(f"| {name} | {verdict} | {found} | {expected} |")
     return lines
 
 # %% ../nbs/60_evaluation.ipynb #dce43f02

@@ -1,9 +1,5 @@
 "The command, as a user types it."
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import PIL.Image
@@ -16,22 +12,11 @@ import advdpnp.runs
 from advdpnp.cli import app, run_step, import_model, parse_eps, parse_settings, parse_time, plain_errors
 
 MODELS = """
-import time, torch
+import torch
 
 def linear():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
-
-class Slow(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = linear()
-    def forward(self, x):
-        time.sleep(0.02)
-        return self.net(x)
-
-def slow():
-    return Slow().eval()
 
 def wrong():
     return 3
@@ -84,22 +69,6 @@ def test_images_from_an_npz_and_from_a_folder(here, digits):
         found.append(json.loads((here / f"{i}.json").read_text())["metrics"])
     assert found[0]["clean"] == found[1]["clean"] and found[0]["clean"]["n"] == 30
     assert found[0]["fgsm"] == found[1]["fgsm"]
-
-
-def test_interrupted_it_goes_on(here):
-    "In processes of its own: a signal ends the first, the second goes on."
-    words = ["evaluate", "their_models:slow", "--dataset", "digits", "--eps", "0.1", "--images", "40", "--batch-size",
-             "10", "--attacks", "fgsm,pgd20", "--output", "out.json"]
-    process = subprocess.Popen([sys.executable, "-m", "advdpnp", *words], cwd=here, stderr=subprocess.PIPE, text=True)
-    state = here / ".out.json.unfinished"
-    while not (state.exists() and "fgsm" in state.read_text()):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
-    assert process.returncode == 130 and "the same command goes on" in said and state.exists()
-    done = run(*words)
-    assert done.exit_code == 0 and (here / "out.json").exists() and not state.exists()
 
 
 MODEL, DATA = ["their_models:linear"], ["--dataset", "digits"]
