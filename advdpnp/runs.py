@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import timm
 import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
@@ -128,6 +129,8 @@ class Config:
             raise ValueError(f"dataset is {self.dataset!r}: expected a name, such as cifar10, or that of an archive "
                              f"<name>.npz in the data folder")
         plain_name(self.dataset, "dataset")
+        if ":" in self.arch:
+            raise ValueError(f"arch is {self.arch!r}: expected the name of a network in timm; one on a hub may change")
         for name, value in vars(self).items():
             if isinstance(value, int) and value < (least := int(name != "padding")):
                 raise ValueError(f"{name} is {value}: expected at least {least}")
@@ -333,7 +336,7 @@ def network_of(
     net.load_state_dict(weights)
     return net.eval()
 
-# %% ../nbs/70_runs.ipynb #68bba6c9
+# %% ../nbs/70_runs.ipynb #6a150ec1
 def check_run(
     config,  # of a run, as a file says it
 ):
@@ -344,6 +347,7 @@ def check_run(
     for name in about:
         as_kind(name, config[name], str)
     plain_name(config["dataset"], "dataset")
+    one_of(config["arch"].split(".")[0], timm.list_models(), "architecture")  # and not a file, or a model on a hub
     one_of(config["preset"], PRESETS, "preset")
     for name, kind in kinds_of(config["method"]).items():
         if name in config:  # older runs have fewer
