@@ -410,7 +410,7 @@ def check_table(
     bad, left_out = ([c["name"] for c in checks if c["passed"] is verdict] for verdict in (False, None))
     summary = f"{len(bad)} of {len(checks) - len(left_out)} sanity checks failed"
     summary += (f": {', '.join(bad)}." if bad else ".") + (f" Not run: {', '.join(left_out)}." if left_out else "")
-    lines = [summary, "", "| check | | found | expected |", "|---|---|---|---|"]
+    lines = [as_text(summary), "", "| check | | found | expected |", "|---|---|---|---|"]
     for check in checks:
         verdict = {True: "ok", False: "**failed**", None: "not run"}[check["passed"]]
         name, found, expected = (as_text(check[key]) for key in ("name", "found", "expected"))

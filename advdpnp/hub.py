@@ -232,7 +232,8 @@ def pack(
     pieces = Pieces(folder, size)
     with tarfile.open(fileobj=pieces, mode="w|") as archive:
         for path in [*results, *small]:
-            archive.add(path, path.relative_to(data))
+            if not path.is_symlink():  # which could lead anywhere
+                archive.add(path, path.relative_to(data))
         for run in runs:
             if (run / "best.safetensors").exists():
                 weights = packed_weights(in_half(read_weights(run / "best.safetensors")))

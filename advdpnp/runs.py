@@ -40,7 +40,7 @@ from joblib.externals.loky import as_completed, get_reusable_executor, wait
 import advdpnp
 from .attacks import PGD, ThreatModel, correct, robust_to
 from .core import claim_folder, cores, has_fast_bf16, one_of, own_randomness, pick_device, plain_name
-from .core import read_json, read_weights, sha256_of
+from .core import read_json, read_weights, sha256_of, shown
 from .core import write_json
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, is_path, load_dataset
@@ -172,7 +172,7 @@ def as_kind(
         return int(value)
     if type(value) in kinds and not isinstance(value, float):
         return value
-    raise ValueError(f"{key} is {value!r}: expected {' or '.join(_WORDS[kind] for kind in kinds)}")
+    raise ValueError(f"{key} is {shown(value)}: expected {' or '.join(_WORDS[kind] for kind in kinds)}")
 
 # %% ../nbs/70_runs.ipynb #eeec90c6
 def chosen_for(
@@ -336,14 +336,14 @@ def network_of(
     net.load_state_dict(weights)
     return net.eval()
 
-# %% ../nbs/70_runs.ipynb #6a150ec1
+# %% ../nbs/70_runs.ipynb #44ef763b
 def check_run(
     config,  # of a run, as a file says it
 ):
     "Raise a ValueError unless the values of a configuration are of their kinds."
     about = ("method", "dataset", "arch", "preset")
     if not isinstance(config, dict) or not {*about} <= {*config}:
-        raise ValueError(f"'run' is {str(config)[:80]!r}: expected a configuration with {', '.join(about)} and more")
+        raise ValueError(f"'run' is {shown(config)}: expected a configuration with {', '.join(about)} and more")
     for name in about:
         as_kind(name, config[name], str)
     plain_name(config["dataset"], "dataset")
@@ -385,8 +385,9 @@ def load_checkpoint(
     weights = read_weights(path)
     try:
         return network_of(run, weights), run
-    except (RuntimeError, StopIteration, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or of another network ({error}): get this file anew, or move {path.parent} "
+    except (ValueError, RuntimeError, StopIteration, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is damaged or of another network ({reason}): get this file anew, or move {path.parent} "
                          f"away and train again") from error
 
 # %% ../nbs/70_runs.ipynb #d53d79e7
