@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import advdpnp
-from .core import one_of, sigterm_is_ctrl_c, write_json
+from .core import one_of, read_json, sigterm_is_ctrl_c, write_json
 
 # %% ../nbs/78_cli.ipynb #87051499
 def parse_eps(
@@ -60,7 +60,7 @@ def parse_value(
     text = {"true": "true", "false": "false", "none": "null"}.get(text.lower(), text)  # as Python spells them, too
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:  # of a number with thousands of digits, too
         return parse_eps(text) if key in ("eps", "eval_step_size") else text
 
 # %% ../nbs/78_cli.ipynb #8b9af0dd
@@ -504,11 +504,14 @@ def run_notebook(
 ) -> dict:  # the notebook's names
     "Run the code cells of a notebook, without Jupyter."
     names = {}
-    for cell in json.loads(Path(path).read_text())["cells"]:
+    for cell in read_json(path, "cells")["cells"]:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), str(path), "exec"), names)
             if "parameters" in cell["metadata"].get("tags", []):
-                names.update(setting.split("=", 1) for setting in settings)
+                usual = {name: value for name, value in names.items() if not name.startswith("_")}
+                for key, _, text in (setting.partition("=") for setting in settings):
+                    words = isinstance(usual[one_of(key, usual, "parameter")], str)
+                    names[key] = text if words else parse_value(key, text)
     return names
 
 # %% ../nbs/78_cli.ipynb #2ea4900a

@@ -170,7 +170,7 @@ def as_kind(
         return float(value)
     if number and int in kinds and isinstance(value, numbers.Integral):
         return int(value)
-    if type(value) in kinds and not isinstance(value, float):
+    if type(value) in kinds and type(value) not in (int, float):
         return value
     raise ValueError(f"{key} is {shown(value)}: expected {' or '.join(_WORDS[kind] for kind in kinds)}")
 
@@ -241,10 +241,14 @@ def check_parameters(
     given: dict,  # a notebook's globals
     known: list[str],  # the parameters it has
 ):
-    "Raise a ValueError for a parameter that a notebook does not have: papermill only warns and takes the default."
+    "Raise a ValueError for a parameter that a notebook does not have, which papermill ignores, or of another kind."
     for name, value in given.items():
         if not name.startswith("_") and isinstance(value, (str, int, float, bool, type(None))):
             one_of(name, known, "parameter")
+    minutes = as_kind("minutes", given.get("minutes", 0), float)
+    if minutes < 0:
+        raise ValueError(f"minutes is {minutes:g}: expected 0, until all is done, or more")
+    as_kind("use_results", given.get("use_results", False), bool)
 
 # %% ../nbs/70_runs.ipynb #adaa6a19
 FEW = "Adv-DPNP, TRADES, dual-branch linear, PGD-AT"  # for tables there is no time to show every method in

@@ -25,7 +25,7 @@ from .core import as_text, one_of, replacing
 from .corruptions import GROUPS
 from .evaluation import from_digits
 from .methods import METHODS
-from .runs import FEW, Ledger, make_config, status
+from .runs import FEW, Ledger, as_kind, make_config, status
 
 # %% ../nbs/72_tables.ipynb #84c927c3
 TABLES = {1: "cifar10", 2: "cifar100", 3: "svhn", 4: "cifar10", 5: "cifar10", 6: "cifar10", 7: "cifar10"}  # their data
@@ -639,6 +639,9 @@ def make_table(
     use_results: bool = False,  # runs that have a record in `<data_dir>/results` count as finished
 ) -> Table:
     "Train and measure what is asked for and not there, and write the table; an error of a run is raised at the end."
+    as_kind("time_limit", time_limit, float | None)
+    if jobs != "auto" and as_kind("jobs", jobs, int) < 1:
+        raise ValueError(f"jobs is {jobs}: expected 'auto', or at least 1")
     plan, failure = plan_table(number, preset, dataset, methods, seeds, device), None
     ledger = Ledger(data_dir, device, quiet, use_results)
     try:
