@@ -27,7 +27,7 @@ import time
 import traceback
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -139,6 +139,7 @@ class Config:
         ThreatModel(self.eps)
 
 # %% ../nbs/70_runs.ipynb #586362a4
+@cache
 def kinds_of(
     method: str,  # one of `METHODS`, with or without extras
 ) -> dict:  # name to type
@@ -340,7 +341,7 @@ def network_of(
     net.load_state_dict(weights)
     return net.eval()
 
-# %% ../nbs/70_runs.ipynb #44ef763b
+# %% ../nbs/70_runs.ipynb #89c867bc
 def check_run(
     config,  # of a run, as a file says it
 ):
@@ -351,7 +352,8 @@ def check_run(
     for name in about:
         as_kind(name, config[name], str)
     plain_name(config["dataset"], "dataset")
-    one_of(config["arch"].split(".")[0], timm.list_models(), "architecture")  # and not a file, or a model on a hub
+    if not timm.is_model(arch := config["arch"].split(".")[0]):  # but a file, or a model on a hub
+        one_of(arch, timm.list_models(), "architecture")
     one_of(config["preset"], PRESETS, "preset")
     for name, kind in kinds_of(config["method"]).items():
         if name in config:  # older runs have fewer
@@ -513,9 +515,10 @@ def trainer(self: Ledger, config):
 @patch
 def check(self: Ledger, config):
     "Raise a ValueError if the run's folder holds one of other settings, such as an older preset's."
-    folder = self.folder(config)
-    if (folder / "config.json").exists():
-        claim_folder(folder, read_json(folder / "config.json") | {"run": self.begun(config)})
+    path = self.folder(config) / "config.json"
+    there = read_json(path, "run") if path.exists() else {"run": config}
+    if there["run"] != config:
+        claim_folder(path.parent, there | {"run": self.begun(config)})
 
 # %% ../nbs/70_runs.ipynb #971cfc99
 @patch
