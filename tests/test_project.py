@@ -159,6 +159,14 @@ def test_links_lead_somewhere():
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def test_every_promise_names_a_test():
+    text = (ROOT / "tests/README.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert all(f"def {test}(" in (ROOT / "tests" / file).read_text() for file, test in named)
+    assert all("`test_" in line or line.startswith("| **") for line in lines) and len(named) > 30
+
+
 def test_every_picture_is_shown_somewhere():
     pages = "\n".join(path.read_text() for path in [ROOT / "README.md", *NOTEBOOKS])
     assert [path.name for path in sorted((ROOT / "data/results").glob("*.png")) if path.name not in pages] == []
