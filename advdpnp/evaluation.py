@@ -367,7 +367,7 @@ def evaluate(
     seed: int = 0,  # of random starts
     twin: nn.Module | None = None,  # the same architecture, undefended, for two of the checks
     resume=None,  # a file from which an interrupted evaluation goes on
-    deadline: float | None = None,  # a `time.monotonic()`; after it a TimeoutError, with everything found kept in `resume`
+    deadline: float | None = None,  # a `time.monotonic()`; then a TimeoutError, with all that is found kept in `resume`
     quiet: bool = False,  # no progress bars
     title: str = "",  # before the attacks' names on the bars
 ) -> dict:  # dataset, data_sha256, n, device, copied, batch_size, seed, seconds; metrics, verdicts, logits; checks, ...

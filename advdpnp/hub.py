@@ -146,7 +146,8 @@ def card(
     about |= {key: as_text(config[key]) for key in ("method", "dataset", "arch", "preset")}
     return CARD.format(name=name, **about, **wrong, size=size, changes=changes, epoch=best["epoch"],
                        chosen_by=chosen_by(config), table=card_table(best["metrics"], rounded),
-                       n=rounded["clean"]["n"], failed=as_text(", ".join(failed(best["checks"])) or "none"), sha256=sha256,
+                       n=rounded["clean"]["n"], failed=as_text(", ".join(failed(best["checks"]))) or "none",
+                       sha256=sha256,
                        data_sha256=record["data_sha256"], device=as_text(machine["device"]), commit=machine["commit"],
                        torch=machine["versions"]["torch"])
 

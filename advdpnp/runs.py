@@ -393,8 +393,8 @@ def load_checkpoint(
         return network_of(run, weights), run
     except (ValueError, RuntimeError, StopIteration, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} is damaged or of another network ({reason}): get this file anew, or move {path.parent} "
-                         f"away and train again") from error
+        raise ValueError(f"{path} is damaged or of another network ({reason}): get this file anew, or move "
+                         f"{path.parent} away and train again") from error
 
 # %% ../nbs/70_runs.ipynb #d53d79e7
 @contextmanager
@@ -598,8 +598,8 @@ def attacked(ledger, config, deadline):
     "The best and the last epoch of a run under every attack, and how it was trained."
     folder = ledger.folder(config)
     if not (folder / "state.pt").exists():
-        raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: put it back, or move "
-                         f"{folder} away to train again")
+        raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: put it back, or "
+                         f"move {folder} away to train again")
     state = load_state(folder / "state.pt")
     record = dict(epochs=state["epoch"], training_seconds=round(state["seconds"], 2), history=state["history"],
                   selection=f"best of {state['epoch']} epochs by {chosen_by(config)}")
@@ -841,7 +841,7 @@ def end_with(parent):
         signal.signal(number, stop)
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../nbs/70_runs.ipynb #66ef8832
 def do_step(data_dir, device, quiet, step, config, deadline):
     "A step of one run, in whichever process this is."
     ledger, left = Ledger(data_dir, device, quiet), seconds_left(deadline)

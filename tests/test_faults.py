@@ -97,7 +97,8 @@ def damages(whole):
     for size in (0, 1, len(whole) // 3, len(whole) - 100, len(whole) - 1):
         yield f"truncated to {size} bytes", whole[:size]
     for place in (0, 9, 40, len(whole) // 2, len(whole) - 3, *(chance.randrange(len(whole)) for _ in range(12))):
-        yield f"a bit of byte {place}", whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1:]
+        changed = bytes([whole[place] ^ 1 << chance.randrange(8)])
+        yield f"a bit of byte {place}", whole[:place] + changed + whole[place + 1:]
 
 
 @pytest.mark.parametrize("name", READ)
@@ -200,7 +201,7 @@ def test_no_room_for_a_state_leaves_the_last_good_one(digits, tmp_path):
     through.fit()
     half.fit(time_limit=0)
     before = files(tmp_path / "half")
-    with no_file_above(100_000), pytest.raises(OSError, match=r"state.pt cannot be written \(File too large\): expected"):
+    with no_file_above(100_000), pytest.raises(OSError, match=r"state.pt cannot be written \(File too large\)"):
         half.fit()
     assert files(tmp_path / "half") == before  # and no part of a file
     trainer(digits, tmp_path / "half").fit()
@@ -225,7 +226,7 @@ def test_no_room_for_any_other_file_is_said_and_leaves_no_part(tmp_path, monkeyp
     images = np.zeros((200, 8, 8, 1), np.uint8), np.arange(200) % 10
     monkeypatch.setattr("advdpnp.data.official_arrays", lambda *_: dict(x_train=images[0], y_train=images[1],
                                                                        x_test=images[0], y_test=images[1]))
-    with no_file_above(5000), pytest.raises(OSError, match=r"\.(npz|npy|json) cannot be written \(.+\): expected a folder"):
+    with no_file_above(5000), pytest.raises(OSError, match=r"\.(npz|npy|json) cannot be written \(.+\): expected a"):
         write(tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "config.json"]
     write(tmp_path)

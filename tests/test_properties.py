@@ -83,7 +83,8 @@ def test_alignment_is_zero_on_the_prototypes_alone(seed, k, b, d):
 
 
 @few
-@given(seeds, classes, sizes, some.integers(2, 20), some.sampled_from([*REPULSIONS]), some.sampled_from([*CONSISTENCIES]))
+@given(seeds, classes, sizes, some.integers(2, 20), some.sampled_from([*REPULSIONS]),
+       some.sampled_from([*CONSISTENCIES]))
 def test_the_adversarial_branch_never_moves_a_prototype(seed, k, b, d, repulsion, form):
     torch.manual_seed(seed)
     head, y = PrototypeHead(d, k), labels(seed, b, k)

@@ -139,7 +139,8 @@ def test_a_configuration_of_other_kinds_is_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", '{"run": []}', '{"run": {}}', '{"run": "x"}', deep(),
-                                  '{"run": {"method": "TRADES"}}', '{"run": 1' + "0" * 5000 + "}", "\x00\xff", '{"a":' * 9])
+                                  '{"run": {"method": "TRADES"}}', '{"run": 1' + "0" * 5000 + "}", "\x00\xff",
+                                  '{"a":' * 9])
 def test_a_configuration_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     shutil.copy(GOOD / "best.safetensors", tmp_path)
