@@ -1,7 +1,7 @@
 # make table1                       train, attack and tabulate on the digits; with a GPU: make table1 ARGS='-p preset fast'
 # make numbers PRESET=small MINUTES=9   every table of a preset, as far as nine minutes go; the same command goes on
 #                                       (PACK=folder: puts what it made into a few files, to take along)
-# make test                         everything that must hold
+# make test                         everything that must hold; make kill: what a hundred kills must not change
 # make lab                          JupyterLab on the notebooks
 # make docs                         the site: build/site/index.html, for any static host
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PYTHON ?= python3
 ONE_THREAD = OMP_NUM_THREADS=1
 README = README.md
 
-.PHONY: table1 numbers benchmark test notebooks readme lab docs clean
+.PHONY: table1 numbers benchmark test kill notebooks readme lab docs clean
 table1: .venv/installed
 	@mkdir -p data/results
 	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - -p preset quick $(ARGS)
@@ -26,10 +26,14 @@ test: .venv/installed
 	MPLBACKEND=agg $(ONE_THREAD) .venv/bin/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^(table|figure|benchmark)'
 	$(ONE_THREAD) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# A hundred kills at random moments, a minute or ten: the suite does with eight what this does.
+kill: .venv/installed
+	ADVDPNP_KILLS=$(or $(KILLS),100) $(ONE_THREAD) .venv/bin/python -m pytest -q tests/test_kills.py
+
 # Run the notebooks and keep their outputs, without what only scrolled by and of cells tagged no-output.
 notebooks: .venv/installed
 	.venv/bin/nbdev_export
-	for nb in $(or $(NB),nbs/[0-9]*.ipynb nbs/figure1.ipynb nbs/table*.ipynb nbs/results.ipynb nbs/index.ipynb); do \
+	for nb in $(or $(NB),nbs/[0-9]*.ipynb nbs/figure1.ipynb nbs/table*.ipynb nbs/results.ipynb nbs/promises.ipynb nbs/index.ipynb); do \
 	  $(ONE_THREAD) .venv/bin/jupyter nbconvert --to notebook --inplace --execute $$nb || exit 1; \
 	  .venv/bin/python -c "import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); [c.update(outputs=[o for o in c.outputs if o.get('name') != 'stderr' and 'no-output' not in c.metadata.get('tags', [])]) for c in nb.cells if c.cell_type == 'code']; nbformat.write(nb, sys.argv[1])" $$nb; \
 	done

@@ -7,8 +7,8 @@ __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'o
            'needed_arguments', 'import_model', 'write_anything', 'plain_errors', 'show', 'say_version', 'main',
            'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks', 'record_path',
            'check_request', 'measure_model', 'write_robustbench', 'evaluate_command', 'run_together', 'train', 'runs',
-           'parse_jobs', 'table', 'publish', 'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'run_step',
-           'work_through', 'numbers', 'doctor']
+           'parse_jobs', 'table', 'publish', 'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end',
+           'run_step', 'work_through', 'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
 import difflib
@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import advdpnp
-from .core import one_of, place_of, write_json
+from .core import one_of, place_of, read_json, sigterm_is_ctrl_c, write_json
 
 # %% ../nbs/78_cli.ipynb #87051499
 def parse_eps(
@@ -65,8 +66,8 @@ def parse_value(
     text = {"true": "true", "false": "false", "none": "null"}.get(text.lower(), text)  # as Python spells them, too
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        if re.fullmatch(r"[+-]?(\d+(_\d+)*|\d+\.\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
+    except ValueError:  # of a number with thousands of digits, too
+        if re.fullmatch(r"[+-]?(\d+(_\d+)*|\d+\.\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE) and len(text) < 100:
             return float(text) if re.search(r"[.e]", text, re.IGNORECASE) else int(text)
         return parse_eps(text) if key in ("eps", "eval_step_size") else text
 
@@ -178,14 +179,16 @@ def write_anything():
 def plain_errors():
     "Inside, what a user can mend ends the command with one line on standard error, not with a traceback."
     try:
-        yield
+        with sigterm_is_ctrl_c():
+            yield
     # AssertionError: timm asserts that images have the size of a model
     except (ValueError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         raise typer.Exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: the same command goes on from here", err=True)
-        raise typer.Exit(130)
+    except KeyboardInterrupt as signal:
+        typed = shlex.join(["advdpnp", *sys.argv[1:]])
+        typer.echo(f"interrupted: the same command goes on from here: {typed}", err=True)
+        raise typer.Exit(143 if str(signal) == "SIGTERM" else 130)
 
 # %% ../nbs/78_cli.ipynb #22c13015
 def show(
@@ -355,7 +358,8 @@ def write_robustbench(
     "A RobustBench model-info file; names and venue are left to the user."
     from advdpnp.evaluation import robustbench_info
 
-    write_json(file, robustbench_info(record, name=record["model"], authors="", architecture=architecture))
+    info = robustbench_info(record, name=record["model"], authors="", architecture=architecture)
+    write_json(file, info, seal=False)  # with these entries alone
 
 # %% ../nbs/78_cli.ipynb #85ff8806
 _Model = Annotated[str, typer.Argument(
@@ -431,8 +435,8 @@ def run_together(
     from advdpnp.parallel import share, together, wait_for_all
     from advdpnp.runs import Ledger, fewer_held_out
 
-    deadline = None if seconds is None else time.time() + seconds
-    left = lambda: None if deadline is None else max(0.0, deadline - time.time())
+    deadline = None if seconds is None else time.monotonic() + seconds
+    left = lambda: None if deadline is None else max(0.0, deadline - time.monotonic())
     with together(device) as place:
         rank = share()[0]
         ledger = Ledger(data_dir, place, quiet or rank > 0, keep_going=keep_going)
@@ -579,11 +583,14 @@ def run_notebook(
 ) -> dict:  # the notebook's names
     "Run the code cells of a notebook, without Jupyter."
     names = {}
-    for cell in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]:
+    for cell in read_json(path, "cells")["cells"]:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), str(path), "exec"), names)
             if "parameters" in cell["metadata"].get("tags", []):
-                names.update(setting.split("=", 1) for setting in settings)
+                usual = {name: value for name, value in names.items() if not name.startswith("_")}
+                for key, _, text in (setting.partition("=") for setting in settings):
+                    words = isinstance(usual[one_of(key, usual, "parameter")], str)
+                    names[key] = text if words else parse_value(key, text)
     return names
 
 # %% ../nbs/78_cli.ipynb #2ea4900a
@@ -637,6 +644,21 @@ def nothing_to_do(
                          f"it; then the same command goes on")
     return ""
 
+# %% ../nbs/78_cli.ipynb #17d4da0a
+def end(
+    process: subprocess.Popen,
+    patience: float = 60.0,  # seconds to save in
+):
+    "Ask a process to stop, and end it if it does not."
+    try:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(patience)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        process.kill()
+
 # %% ../nbs/78_cli.ipynb #341e9fc1
 def run_step(
     step: list,
@@ -649,13 +671,14 @@ def run_step(
         return True
     here = str(Path(advdpnp.__file__).parent.parent)  # the package need not be installed
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    try:
-        done = subprocess.run([sys.executable, *command_of(step, preset, seconds)],
-                              env=os.environ | {"PYTHONPATH": path, "MPLBACKEND": "agg"},
-                              timeout=None if step[0] == "table" else seconds)
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError from error
-    return done.returncode == 0
+    with subprocess.Popen([sys.executable, *command_of(step, preset, seconds)],
+                          env=os.environ | {"PYTHONPATH": path, "MPLBACKEND": "agg"}) as process:
+        try:
+            return process.wait(None if step[0] == "table" else seconds) == 0
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError from error
+        finally:
+            end(process)
 
 # %% ../nbs/78_cli.ipynb #00b0c4b6
 def work_through(

@@ -611,13 +611,13 @@ def corruption_accuracy(
     batch_size: int = 500,
     quiet: bool = False,  # no progress bar
     title: str = "",  # before the bar
-    deadline: float | None = None,  # a `time.time()` after which a TimeoutError is raised
+    deadline: float | None = None,  # a `time.monotonic()` after which a TimeoutError is raised
 ) -> dict:  # accuracy: corruption to five numbers, in per cent; mean, low and high over all; n; source
     "How much accuracy survives each corruption at each severity."
     right = {}
     bar = progress_bar(len(corrupted.files), f"{title} corruptions".lstrip(), quiet=quiet)
     for name in corrupted.files:
-        if deadline is not None and time.time() > deadline:
+        if deadline is not None and time.monotonic() > deadline:
             raise TimeoutError(f"time is up before {name}")
         right[name] = 100 * recognised(model, corrupted, name, side, images, batch_size).double()
         bar.update()

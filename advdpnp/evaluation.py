@@ -25,7 +25,7 @@ from torch import nn
 
 from .attacks import CW, FGSM, PGD, Foreign, PrototypePGD, ThreatModel, all_logits, as_attack, check_labels
 from .attacks import margin, robust_to
-from .core import number, one_of, own_randomness, read_json, whole, write_json
+from .core import as_text, number, one_of, own_randomness, read_json, whole, write_json
 from .data import ROUNDING, Dataset, Loader, as_array, as_labels, channels_last, in_parts, lacking
 from .data import stratified_order
 from .still import as_module, device_of, full_precision, held_still, search_precision
@@ -116,8 +116,9 @@ def logit_range(
     labels: torch.Tensor,  # (N,)
 ) -> dict:
     "The smallest and largest logit, and quartiles of the true class's lead over the best other one."
-    lead, quarters = -margin(logits, labels).float(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float32)
-    return dict(min=logits.min().item(), max=logits.max().item(), margin_quartiles=lead.quantile(quarters).tolist())
+    lead = -torch.cat([margin(z, y) for z, y in zip(logits.split(10_000), labels.split(10_000))])  # few copies at once
+    quartiles = lead.float().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float32)).tolist()
+    return dict(min=logits.min().item(), max=logits.max().item(), margin_quartiles=quartiles)
 
 # %% ../nbs/60_evaluation.ipynb #13d5e707
 class OtherEvaluation(ValueError):
@@ -131,16 +132,16 @@ class Resume:
         self,
         path,  # of the file; None: keep nothing
         key: dict,  # what the evaluation is of
-        deadline: float | None = None,  # a `time.time()`
+        deadline: float | None = None,  # a `time.monotonic()`
         began: float | None = None,  # when this run did, a `time.monotonic()`; None: now
     ):
         self.path, self.key, self.deadline, self.stages = path and Path(path), key, deadline, {}
         self.before, self.began = 0.0, time.monotonic() if began is None else began
         if self.path and self.path.exists():
-            saved = read_json(self.path)
+            saved = read_json(self.path, "key", "stages", "seconds")
             if differs := sorted(n for n in {*key, *saved["key"]} if saved["key"].get(n) != key.get(n)):
-                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): name "
-                                      f"another file, or move this one away")
+                raise OtherEvaluation(f"{self.path} is of another evaluation ({', '.join(differs)} differ): move it "
+                                      f"away, or name another file")
             self.stages, self.before = saved["stages"], saved["seconds"]
 
 # %% ../nbs/60_evaluation.ipynb #92ea8308
@@ -161,7 +162,7 @@ def keeper(
         self.stages[name] = [done, to_digits(verdicts)]
         if self.path:
             write_json(self.path, dict(key=self.key, stages=self.stages, seconds=self.seconds))
-        if self.deadline is not None and time.time() > self.deadline:
+        if self.deadline is not None and time.monotonic() > self.deadline:
             raise TimeoutError(f"time is up in {name}" + f": {self.path} goes on from there" * bool(self.path))
 
     return keep
@@ -417,7 +418,7 @@ def key(
     logits: torch.Tensor,  # (N, K) of the model, on the CPU
 ) -> dict:
     "What decides the verdicts, as JSON gives it back."
-    said = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+    said = hashlib.sha256(logits.contiguous().numpy()).hexdigest()
     key = dict(logits=said, data=self.dataset.sha256, images=self.images, subset=self.subset(),
                batch_size=self.batch_size, seed=self.seed, attacks=self.settings())
     return json.loads(json.dumps(key))
@@ -527,7 +528,7 @@ def evaluate(
     seed: int = 0,  # of random starts
     twin: nn.Module | None = None,  # the same architecture, undefended, for two of the checks
     resume=None,  # a file from which an interrupted evaluation goes on
-    deadline: float | None = None,  # a `time.time()`; after it a TimeoutError, with everything found kept in `resume`
+    deadline: float | None = None,  # a `time.monotonic()`; then a TimeoutError, with all that is found kept in `resume`
     quiet: bool = False,  # no progress bars
     title: str = "",  # before the attacks' names on the bars
 ) -> dict:  # dataset, data_sha256, n, subset, remarks, device, copied, batch_size, seed, seconds; metrics, checks, ...
@@ -546,7 +547,7 @@ def evaluate(
                   remarks=plan.remarks(), device=str(plan.device), copied=still.copied, batch_size=plan.batch_size,
                   products=dict(search=search_precision(plan.device), verdicts="ieee"), seed=plan.seed,
                   metrics=metrics_of(plan, after, verdicts), logits=logit_range(logits, labels))
-    if deadline is not None and time.time() > deadline:
+    if deadline is not None and time.monotonic() > deadline:
         raise TimeoutError("time is up before the sanity checks")
     if plan.attacks:
         record |= checked(model, plan, after, verdicts, twin)
@@ -559,8 +560,8 @@ def accuracy_table(
     "Accuracies with their intervals and numbers of images."
     lines = ["| | accuracy (%) | 95% interval | images |", "|---|---|---|---|"]
     for name, m in metrics.items():
-        lines.append(f"| {name} | {m['accuracy']:.2f} | {m['low']:.1f} to {m['high']:.1f} | {m['n']} |")
-        lines += [f"| … after {stage} | {left:.2f} | | |" for stage, left in m.get("stages", {}).items()]
+        lines.append(f"| {as_text(name)} | {m['accuracy']:.2f} | {m['low']:.1f} to {m['high']:.1f} | {m['n']} |")
+        lines += [f"| … after {as_text(stage)} | {left:.2f} | | |" for stage, left in m.get("stages", {}).items()]
     if len({m["n"] for m in metrics.values()}) > 1:
         lines += ["", f"The numbers of images differ: worst is over the {metrics['worst']['n']} that all attacks saw."]
     return lines
@@ -573,10 +574,11 @@ def check_table(
     bad, left_out = ([c["name"] for c in checks if c["passed"] is verdict] for verdict in (False, None))
     summary = f"{len(bad)} of {len(checks) - len(left_out)} sanity checks failed"
     summary += (f": {', '.join(bad)}." if bad else ".") + (f" Not run: {', '.join(left_out)}." if left_out else "")
-    lines = [summary, "", "| check | | found | expected |", "|---|---|---|---|"]
+    lines = [as_text(summary), "", "| check | | found | expected |", "|---|---|---|---|"]
     for check in checks:
         verdict = {True: "ok", False: "**failed**", None: "not run"}[check["passed"]]
-        lines.append(f"| {check['name']} | {verdict} | {check['found']} | {check['expected']} |")
+        name, found, expected = (as_text(check[key]) for key in ("name", "found", "expected"))
+        lines.append(f"| {name} | {verdict} | {found} | {expected} |")
     return lines
 
 # %% ../nbs/60_evaluation.ipynb #dce43f02

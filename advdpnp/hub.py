@@ -12,13 +12,13 @@ import tarfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 
 from .attacks import PGD, correct, robust_to
-from .core import one_of, read_json, replacing, write_json
+from .core import as_text, one_of, packed_weights, plain_name, read_json, read_weights, replacing, sha256_of
+from .core import write_json
 from .data import Loader
 from .evaluation import accuracy
-from .runs import Ledger, called, chosen_by, load_checkpoint, provenance, sha256_of
+from .runs import Ledger, called, chosen_by, load_checkpoint, provenance, run_of
 from .sanity import failed
 from .still import device_of, full_precision
 from .tables import LABELS, interval, markdown
@@ -140,13 +140,15 @@ def card(
     side, images = config["side"], config["train_images"]
     size = f", a stratified {images:,} of its training images" if images else ""
     size += f", averaged to {side}×{side} pixels" if side else ""
-    changes = "".join(f", {key} {config[key]}" for key in config["changes"])
+    changes = "".join(f", {key} {as_text(config[key])}" for key in config["changes"])
     wrong = {f"wrong_{metric}": 100 - best["metrics"][metric]["accuracy"] for metric in ("clean", "worst")}
-    about = {key: config[key] for key in ("method", "dataset", "arch", "seed", "preset", "epochs", "eps")}
+    about = {key: config[key] for key in ("seed", "epochs", "eps")}
+    about |= {key: as_text(config[key]) for key in ("method", "dataset", "arch", "preset")}
     return CARD.format(name=name, **about, **wrong, size=size, changes=changes, epoch=best["epoch"],
                        chosen_by=chosen_by(config), table=card_table(best["metrics"], rounded),
-                       n=rounded["clean"]["n"], failed=", ".join(failed(best["checks"])) or "none", sha256=sha256,
-                       data_sha256=record["data_sha256"], device=machine["device"], commit=machine["commit"],
+                       n=rounded["clean"]["n"], failed=as_text(", ".join(failed(best["checks"]))) or "none",
+                       sha256=sha256,
+                       data_sha256=record["data_sha256"], device=as_text(machine["device"]), commit=machine["commit"],
                        torch=machine["versions"]["torch"])
 
 # %% ../nbs/76_hub.ipynb #32c1ee6c
@@ -159,7 +161,7 @@ def check_publishable(
     record, run = ledger.result(config), ledger.folder(config)
     if record is None:
         raise ValueError(f"{run} is not a finished run: train and measure it first")
-    if (folder / "config.json").exists() and read_json(folder / "config.json")["run"] != config:
+    if (folder / "config.json").exists() and run_of(folder / "config.json") != config:
         raise ValueError(f"{folder} holds another run: choose another name, or move it away")
     if not ledger.trained(config) or record["best"]["sha256"] != ledger.sha256(config):
         raise ValueError(f"the record of {run} is of other weights, measured elsewhere: measure these first")
@@ -172,12 +174,13 @@ def publish(
 ) -> Path:  # the folder: best.safetensors, config.json, README.md
     "Put a run's best epoch into `<data_dir>/weights`, in half precision, with its card."
     name = name or f"{config['method']}-{called(config['dataset'])}-{config['preset']}".replace(" ", "-")
+    plain_name(name, "name of the network")
     folder = ledger.data_dir / "weights" / name
     check_publishable(ledger, config, folder)
-    weights = in_half(load_file(ledger.folder(config) / "best.safetensors"))
+    weights = in_half(read_weights(ledger.folder(config) / "best.safetensors"))
     rounded = rounded_accuracies(ledger, config, weights)
     with replacing(folder / "best.safetensors") as part:
-        part.write_bytes(save(weights))
+        part.write_bytes(packed_weights(weights))
     sha256 = sha256_of(folder / "best.safetensors")
     about = dict(run=config, sha256={"best.safetensors": sha256}, measured=rounded)
     write_json(folder / "config.json", about | provenance(ledger.device))
@@ -230,10 +233,11 @@ def pack(
     pieces = Pieces(folder, size)
     with tarfile.open(fileobj=pieces, mode="w|") as archive:
         for path in [*results, *small]:
-            archive.add(path, path.relative_to(data))
+            if not path.is_symlink():  # which could lead anywhere
+                archive.add(path, path.relative_to(data))
         for run in runs:
             if (run / "best.safetensors").exists():
-                weights = save(in_half(load_file(run / "best.safetensors")))
+                weights = packed_weights(in_half(read_weights(run / "best.safetensors")))
                 member = tarfile.TarInfo(str(run.relative_to(data) / "best.half.safetensors"))
                 member.size = len(weights)
                 archive.addfile(member, io.BytesIO(weights))

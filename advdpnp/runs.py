@@ -4,43 +4,44 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'MOST', 'RECORDS', 'RESULTS', 'budget_of', 'Config',
-           'kinds_of', 'as_kind', 'chosen_for', 'usual_settings', 'as_place', 'called', 'from_flat', 'make_config',
-           'config_hash', 'as_parameter', 'check_parameters', 'commit_of_package', 'processor', 'provenance',
-           'forget_peak', 'one_thread', 'network_of', 'sha256_of', 'load_checkpoint', 'at_work', 'is_running', 'Ledger',
-           'fewer_held_out', 'title', 'attacks_of', 'chosen_by', 'attacked_epoch', 'attacked', 'some_images',
-           'chosen_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'check_same_images', 'identity',
-           'seconds_left', 'other_machines', 'status', 'end_with', 'do_step', 'share_work']
+           'kinds_of', 'float_of', 'as_kind', 'chosen_for', 'usual_settings', 'as_place', 'called', 'from_flat',
+           'make_config', 'config_hash', 'as_parameter', 'check_parameters', 'commit_of_package', 'processor',
+           'provenance', 'forget_peak', 'one_thread', 'network_of', 'check_run', 'run_of', 'load_checkpoint', 'at_work',
+           'is_running', 'Ledger', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by', 'attacked_epoch', 'attacked',
+           'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features', 'tradeoff', 'check_same_images',
+           'identity', 'seconds_left', 'other_machines', 'status', 'end_with', 'do_step', 'in_worker', 'stop_workers',
+           'share_work']
 
 # %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import numbers
 import os
 import platform
 import re
+import signal
 import subprocess
 import threading
 import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import timm
 import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from joblib.externals.loky import as_completed, get_reusable_executor
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from joblib.externals.loky import as_completed, get_reusable_executor, wait
 
 import advdpnp
 from .attacks import PGD, ThreatModel, correct, robust_to
-from .core import claim_folder, cores, has_fast_bf16, one_of, own_randomness, pick_device, read_json
+from .core import claim_folder, cores, has_fast_bf16, one_of, own_randomness, pick_device, plain_name
+from .core import read_json, read_weights, sha256_of, shown
 from .core import write_json
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import OFFICIAL, Loader, at_most, averaged, is_path, load_dataset, place_name
@@ -126,6 +127,10 @@ class Config:
     corruption_images: int | None  # None: all
 
     def __post_init__(self):
+        if not is_path(self.dataset):
+            plain_name(self.dataset, "dataset")
+        if ":" in self.arch:
+            raise ValueError(f"arch is {self.arch!r}: expected the name of a network in timm; one on a hub may change")
         for name, value in vars(self).items():
             if isinstance(value, int) and value < (least := int(name != "padding")):
                 raise ValueError(f"{name} is {value}: expected at least {least}")
@@ -134,6 +139,7 @@ class Config:
         ThreatModel(self.eps)
 
 # %% ../nbs/70_runs.ipynb #586362a4
+@cache
 def kinds_of(
     method: str,  # one of `METHODS`, with or without extras
 ) -> dict:  # name to type
@@ -145,6 +151,14 @@ def kinds_of(
 _WORDS = {int: "a whole number", float: "a number", str: "a word", bool: "True or False", type(None): "None"}
 
 
+def float_of(value) -> float:
+    "A number as a float; infinite if it is too large for one."
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
+
+
 def as_kind(
     key: str,  # a setting's name
     value,
@@ -152,14 +166,14 @@ def as_kind(
 ):
     "The value as its type has it; a ValueError if it is of another."
     kinds = get_args(kind) or (kind,)
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(float_of(value)) < float("inf")
     if number and float in kinds:
         return float(value)
     if number and int in kinds and isinstance(value, numbers.Integral):
         return int(value)
-    if type(value) in kinds and not isinstance(value, float):
+    if type(value) in kinds and type(value) not in (int, float):
         return value
-    raise ValueError(f"{key} is {value!r}: expected {' or '.join(_WORDS[kind] for kind in kinds)}")
+    raise ValueError(f"{key} is {shown(value)}: expected {' or '.join(_WORDS[kind] for kind in kinds)}")
 
 # %% ../nbs/70_runs.ipynb #eeec90c6
 def chosen_for(
@@ -277,6 +291,8 @@ def check_parameters(
     for name in known:
         if name in given:
             given[name] = as_parameter(name, given[name])
+    if given.get("minutes", 0) < 0:
+        raise ValueError(f"minutes is {given['minutes']:g}: expected 0, until all is done, or more")
 
 # %% ../nbs/70_runs.ipynb #adaa6a19
 FEW = "PGD-AT, TRADES, dual-branch linear, Adv-DPNP"  # for tables there is no time to show every method in
@@ -368,12 +384,37 @@ def network_of(
     net.load_state_dict(weights)
     return net.eval()
 
+# %% ../nbs/70_runs.ipynb #89c867bc
+def check_run(
+    config,  # of a run, as a file says it
+):
+    "Raise a ValueError unless the values of a configuration are of their kinds."
+    about = ("method", "dataset", "arch", "preset")
+    if not isinstance(config, dict) or not {*about} <= {*config}:
+        raise ValueError(f"'run' is {shown(config)}: expected a configuration with {', '.join(about)} and more")
+    for name in about:
+        as_kind(name, config[name], str)
+    plain_name(config["dataset"], "dataset")
+    if not timm.is_model(arch := config["arch"].split(".")[0]):  # but a file, or a model on a hub
+        one_of(arch, timm.list_models(), "architecture")
+    one_of(config["preset"], PRESETS, "preset")
+    for name, kind in kinds_of(config["method"]).items():
+        if name in config:  # older runs have fewer
+            as_kind(name, config[name], kind)
 
-def sha256_of(
-    path: Path,  # of a file
-) -> str:  # in hexadecimal
-    "A file's SHA-256."
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def run_of(
+    path: Path,  # of a config.json
+) -> dict:
+    "The configuration of a run of the ledger; a ValueError that names the file."
+    said = read_json(path)
+    if not isinstance(said, dict) or "run" not in said:
+        raise ValueError(f"{path} is not of a run of the ledger: it does not say which network the weights belong to")
+    try:
+        check_run(said["run"])
+    except ValueError as error:
+        raise ValueError(f"{path} is not of a run of the ledger: {error}") from error
+    return said["run"]
 
 # %% ../nbs/70_runs.ipynb #32fbad5a
 def load_checkpoint(
@@ -389,17 +430,16 @@ def load_checkpoint(
             raise FileNotFoundError(
                 f"{file} is not there: a run's folder holds config.json, best.safetensors and last.safetensors"
             )
-    said, advice = read_json(settings), "expected the one of this run; train it again in another folder, or get it anew"
-    if "run" not in said:
-        raise ValueError(
-            f"{settings} is not of a run of the ledger: it does not say which network the weights belong to"
-        )
-    if path.name in said.get("sha256", {}) and said["sha256"][path.name] != sha256_of(path):
-        raise ValueError(f"{path} is not the file that {settings} speaks of (its sha256 differs): {advice}")
+    run, sums = run_of(settings), read_json(settings).get("sha256", {})
+    if isinstance(sums, dict) and path.name in sums and sums[path.name] != sha256_of(path):
+        raise ValueError(f"{path} is not the file that {settings} speaks of (its sha256 differs): get this file anew")
+    weights = read_weights(path)
     try:
-        return network_of(said["run"], load_file(path)), said["run"]
-    except (SafetensorError, RuntimeError, StopIteration, KeyError) as error:
-        raise ValueError(f"{path} is damaged or of another network ({error}): {advice}") from error
+        return network_of(run, weights), run
+    except (ValueError, RuntimeError, StopIteration, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is damaged or of another network ({reason}): get this file anew, or move "
+                         f"{path.parent} away and train again") from error
 
 # %% ../nbs/70_runs.ipynb #d53d79e7
 @contextmanager
@@ -419,7 +459,8 @@ def at_work(
     except TimeoutError:
         raise
     except Exception:
-        kept.write_text(traceback.format_exc(), encoding="utf-8")
+        with suppress(OSError):  # the disk may be full
+            kept.write_text(traceback.format_exc(), encoding="utf-8")
         raise
     finally:
         lock.release()
@@ -460,7 +501,7 @@ def folder(self: Ledger, config):
     changed = "".join(f",{key}={config[key]}" for key in config["changes"])
     if len(changed.encode()) > 150:  # a file system takes 255 bytes
         changed = "," + hashlib.sha256(changed.encode()).hexdigest()[:12]
-    return self.data_dir / "runs" / called(config["dataset"]) / (name + changed)
+    return self.data_dir / "runs" / called(config["dataset"]) / re.sub(r"[/\\\0]", "_", name + changed)
 
 # %% ../nbs/70_runs.ipynb #39717082
 @patch
@@ -469,7 +510,7 @@ def begun(self: Ledger, config):
     path = self.folder(config) / "config.json"
     if "precision" in config["changes"] or not path.exists():
         return config
-    return config | dict(precision=read_json(path).get("run", config)["precision"])
+    return config | dict(precision=run_of(path).get("precision", config["precision"]))
 
 # %% ../nbs/70_runs.ipynb #b459d016
 @patch
@@ -532,9 +573,10 @@ def trainer(self: Ledger, config):
 @patch
 def check(self: Ledger, config):
     "Raise a ValueError if the run's folder holds one of other settings, such as an older preset's."
-    folder = self.folder(config)
-    if (folder / "config.json").exists():
-        claim_folder(folder, read_json(folder / "config.json") | {"run": self.begun(config)})
+    path = self.folder(config) / "config.json"
+    there = read_json(path, "run") if path.exists() else {"run": config}
+    if there["run"] != config:
+        claim_folder(path.parent, there | {"run": self.begun(config)})
 
 # %% ../nbs/70_runs.ipynb #971cfc99
 @patch
@@ -558,8 +600,8 @@ def model(self: Ledger, config, which="best"):
         raise FileNotFoundError(f"{path} is not there: train this run first, with Ledger.run")
     result = path.with_name("result.json")
     if result.exists() and read_json(result)[which]["sha256"] != self.sha256(config, which):
-        raise ValueError(f"{path} is not the file that was measured (its sha256 differs): put that one "
-                         f"back, or move {path.parent} away to train this run again")
+        raise ValueError(f"{path} is not the file that was measured (its sha256 differs): put that file back, or move "
+                         f"{path.parent} away to train this run again")
     return load_checkpoint(path)[0].to(self.device)
 
 # %% ../nbs/70_runs.ipynb #a67efb42
@@ -614,8 +656,8 @@ def attacked(ledger, config, deadline):
     "The best and the last epoch of a run under every attack, and how it was trained."
     folder = ledger.folder(config)
     if not (folder / "state.pt").exists():
-        raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: put it "
-                         f"back, or move {folder} away to train this run again")
+        raise ValueError(f"{folder / 'state.pt'} is not there, and with it how the run was trained: put it back, or "
+                         f"move {folder} away to train again")
     state = load_state(folder / "state.pt")
     record = dict(epochs=state["epoch"], training_seconds=round(state["seconds"], 2), history=state["history"],
                   selection=f"best of {state['epoch']} epochs by {chosen_by(config)}")
@@ -727,17 +769,19 @@ def result(
     if not path.exists():
         return self.kept(config, kind) if self.use_results else None
     self.check(config)
-    record, best = read_json(path), path.with_name("best.safetensors")
+    record = read_json(path, "config", *(("best", "last") if kind == "result" else ("sha256",)))
+    best = path.with_name("best.safetensors")
     if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
         raise ValueError(
-            f"{path} is of another checkpoint than {best} (its sha256 differs): move it away to measure again"
+            f"{path} is of another checkpoint than {best} (its sha256 differs): put that file back, or move the "
+            f"record away to measure again"
         )
     return record
 
 # %% ../nbs/70_runs.ipynb #e47cc752
 def seconds_left(deadline):
-    "Seconds until a `time.time()`; None stays None."
-    return None if deadline is None else max(0.0, deadline - time.time())
+    "Seconds until a `time.monotonic()`; None stays None."
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def other_machines(folder, here):
@@ -810,7 +854,7 @@ def measure(
     if record or time_limit is not None and time_limit <= 0:
         return record
     forget_peak(self.device)
-    deadline = None if time_limit is None else time.time() + time_limit
+    deadline = None if time_limit is None else time.monotonic() + time_limit
     try:
         with one_thread(self.device), at_work(folder):
             # another process may have made it, while this one waited
@@ -826,7 +870,7 @@ def run(
     time_limit: float | None = None,  # seconds; None: until done
 ) -> dict | None:  # the record; None if time ran out
     "The record of a run: read if it is there, otherwise trained from where it stopped, and measured."
-    record, deadline = self.result(config), None if time_limit is None else time.time() + time_limit
+    record, deadline = self.result(config), None if time_limit is None else time.monotonic() + time_limit
     if record is None and self.train(config, time_limit):
         record = self.measure(config, seconds_left(deadline))
     return record
@@ -837,34 +881,49 @@ def status(
 ) -> tuple[str, str]:  # finished, damaged, running, failed, trained, interrupted or missing; how far
     "What has become of a run."
     lines, error = folder / "metrics.jsonl", folder / "error.txt"
-    after = f"after {len(lines.read_text().splitlines()) if lines.exists() else 0} epochs"
     if (folder / "result.json").exists():
         try:
-            metrics = read_json(folder / "result.json")["best"]["metrics"]
+            metrics = read_json(folder / "result.json", "best")["best"]["metrics"]
+            return "finished", ", ".join(f"{name} {metrics[name]['accuracy']:.1f}" for name in ("clean", "worst"))
         except ValueError as damage:
             return "damaged", str(damage)
-        return "finished", ", ".join(f"{name} {metrics[name]['accuracy']:.1f}" for name in ("clean", "worst"))
+        except (KeyError, TypeError):
+            return "damaged", f"{folder / 'result.json'} holds no accuracies: move this file away"
+    after = f"after {len(lines.read_bytes().splitlines()) if lines.exists() else 0} epochs"
     if is_running(folder):
         return "running", after
     if error.exists():
-        return "failed", error.read_text(encoding="utf-8").strip().splitlines()[-1]
+        said = error.read_text(encoding="utf-8", errors="replace").strip()
+        return "failed", (said or "for reasons unknown").splitlines()[-1]
     if (folder / "trained.json").exists():
         kinds = [kind for kind in RECORDS if (folder / f"{kind}.json").exists()]
         return "trained", f"measured: {', '.join(kinds)}" if kinds else "not measured"
     return ("interrupted", after) if (folder / "config.json").exists() else ("missing", "")
 
 # %% ../nbs/70_runs.ipynb #36f693f6
+_HERE = dict(busy=False, stopped=False)  # in a worker: whether it has work, and whether it was asked to stop
+
+
 def end_with(parent):
-    "End this process when its parent is no more."
+    "Let this worker stop when it is asked to, or when its parent is no more; a run in training is saved first."
+    def stop(number, frame):
+        _HERE["stopped"] = True
+        if _HERE["busy"]:
+            raise KeyboardInterrupt
 
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while _HERE["busy"]:
+            time.sleep(0.1)
         os._exit(1)
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../nbs/70_runs.ipynb #66ef8832
 def do_step(data_dir, device, quiet, keep_going, step, config, deadline):
     "A step of one run, in whichever process this is."
     ledger, left = Ledger(data_dir, device, quiet, keep_going=keep_going), seconds_left(deadline)
@@ -873,13 +932,38 @@ def do_step(data_dir, device, quiet, keep_going, step, config, deadline):
     else:
         ledger.measure(config, left, step)
 
+
+def in_worker(*arguments):
+    "A step of one run in a worker, unless that was asked to stop."
+    if _HERE["stopped"]:
+        raise KeyboardInterrupt
+    _HERE["busy"] = True
+    try:
+        do_step(*arguments)
+    finally:
+        _HERE["busy"] = False
+
 # %% ../nbs/70_runs.ipynb #aee69a3d
+def stop_workers(
+    workers,  # an executor of loky
+    tasks: list,  # its futures
+    patience: float = 60.0,  # seconds to save in
+):
+    "Ask workers to save what they train, and end them."
+    try:
+        for pid in [*workers._processes]:
+            os.kill(pid, signal.SIGTERM)
+        wait([task for task in tasks if not task.cancel()], patience)
+    finally:
+        workers.shutdown(kill_workers=True)
+
+# %% ../nbs/70_runs.ipynb #92859c15
 def share_work(
     ledger: Ledger,
     step: str,  # "train", or one of `RECORDS`
     configs: list[dict],
     jobs: int,  # at once
-    deadline: float | None,  # a `time.time()`
+    deadline: float | None,  # a `time.monotonic()`
 ) -> list[Exception]:  # the errors of those that failed
     "Do a step of several runs."
     how = ledger.data_dir, ledger.device, ledger.quiet, ledger.keep_going, step
@@ -892,12 +976,12 @@ def share_work(
             except Exception as error:
                 errors.append(error)
     elif work:
-        workers = get_reusable_executor(jobs, initializer=end_with, initargs=(os.getpid(),))
+        workers, tasks = get_reusable_executor(jobs, initializer=end_with, initargs=(os.getpid(),)), []
         try:
-            done = as_completed([workers.submit(do_step, *arguments) for arguments in work])
-            errors = [error for one in done if (error := one.exception())]
-        except BaseException:  # interrupted: each run goes on next time from what it saved last
-            workers.shutdown(kill_workers=True)
+            tasks = [workers.submit(in_worker, *arguments) for arguments in work]
+            errors = [error for one in as_completed(tasks) if (error := one.exception())]
+        except BaseException:  # interrupted: each run goes on next time
+            stop_workers(workers, tasks)
             raise
     return errors
 
@@ -926,7 +1010,7 @@ def run_all(
     kind: str = "result",  # one of `RECORDS`
 ) -> list[dict | None]:  # their records in order; None where time ran out
     "Records of several runs, made side by side; if some fail, the first error is raised when the others are done."
-    deadline, errors = None if time_limit is None else time.time() + time_limit, []
+    deadline, errors = None if time_limit is None else time.monotonic() + time_limit, []
     missing = self.missing(configs, kind) if time_limit is None or time_limit > 0 else []
     for config in missing:  # downloaded or made once, and not by every worker
         self.corrupted(config) if kind == "corruptions" else self.dataset(config)

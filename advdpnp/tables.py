@@ -21,12 +21,12 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import one_of, replacing
+from .core import as_text, one_of, replacing
 from .corruptions import GROUPS
 from .data import is_path
 from .evaluation import from_digits
 from .methods import METHODS
-from .runs import FEW, Ledger, check_same_images, make_config, status
+from .runs import FEW, Ledger, as_kind, check_same_images, make_config, status
 
 # %% ../nbs/72_tables.ipynb #84c927c3
 TABLES = {1: "cifar10", 2: "cifar100", 3: "svhn", 4: "cifar10", 5: "cifar10", 6: "cifar10", 7: "cifar10"}  # their data
@@ -184,7 +184,8 @@ def tabulate(
 
 # %% ../nbs/72_tables.ipynb #5478f2ff
 def markdown(lines: list[list[str]]) -> str:  # the first line is the head
-    "A table in Markdown."
+    "A table in Markdown; what comes from files cannot end a cell or begin a tag."
+    lines = [[as_text(cell) for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 # %% ../nbs/72_tables.ipynb #df341880
@@ -221,7 +222,8 @@ def readable(records: list[dict], which: str = "best") -> str:
 # %% ../nbs/72_tables.ipynb #6bc18c92
 def failed_checks(records: list[dict], which: str = "best") -> str:  # Markdown; empty if none failed
     "What the sanity checks that failed have found."
-    notes = [f"- {r['method']}, seed {r['seed']}: {check['name']}: {check['found']}; expected: {check['expected']}."
+    note = "{}, seed {}: {}: {}; expected: {}."
+    notes = ["- " + as_text(note.format(r["method"], r["seed"], check["name"], check["found"], check["expected"]))
              for r in records for check in r[which].get("checks", []) if check["passed"] is False]
     return "Sanity checks that failed:\n\n" + "\n".join(notes) if notes else ""
 
@@ -234,7 +236,7 @@ def setting(records: list[dict], *more: str) -> str:  # more: what else belongs 
     tf32 = lambda r: r["config"]["precision"] == "float32" and r.get("trained_with", r).get("tf32")
     made = [f"trained in {r['config']['precision']}{' (convolutions in TF32)' if tf32(r) else ''}; {r['device']}"
             for r in records]
-    return f"{', '.join([*of, *more])}; {', or '.join(dict.fromkeys(made))}."
+    return as_text(f"{', '.join([*of, *more])}; {', or '.join(dict.fromkeys(made))}.")
 
 # %% ../nbs/72_tables.ipynb #590a4cd2
 def published(
@@ -653,6 +655,9 @@ def make_table(
     keep_going: bool = False,  # train on though nothing is learnt, see `Trainer`
 ) -> Table:
     "Train and measure what is asked for and not there, and write the table; an error of a run is raised at the end."
+    as_kind("time_limit", time_limit, float | None)
+    if jobs != "auto" and as_kind("jobs", jobs, int) < 1:
+        raise ValueError(f"jobs is {jobs}: expected 'auto', or at least 1")
     plan, failure = plan_table(number, preset, dataset, methods, seeds, device), None
     ledger = Ledger(data_dir, device, quiet, use_results, keep_going)
     try:

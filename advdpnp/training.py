@@ -4,30 +4,31 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'one_cycle', 'drops', 'perturbed', 'move_average', 'Loss', 'attacked_copy', 'Step', 'in_the_way',
-           'Watched', 'has_graphs', 'aside', 'record', 'Recorded', 'save_checkpoint', 'load_state', 'check_finite',
-           'Trainer', 'learns_nothing']
+           'Watched', 'has_graphs', 'aside', 'record', 'Recorded', 'save_best', 'best_weights', 'write_history',
+           'place_best', 'save_checkpoint', 'check_stored', 'load_state', 'check_finite', 'Trainer', 'learns_nothing']
 
 # %% ../nbs/50_training.ipynb #99934a07
 import dataclasses
+import hashlib
+import io
 import json
-import pickle
+import os
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .attacks import PGD, correct, robust_to
-from .core import claim_folder, close_bar, one_of, own_randomness, pick_device, progress_bar, replacing
-from .core import seed_globally, seed_of, seeded
+from .core import claim_folder, close_bar, one_of, own_randomness, packed_weights, pick_device, progress_bar
+from .core import read_weights, replacing, seed_globally, seed_of, seeded, sha256_of, signals_wait
 from .data import Dataset, Loader, Stream, hold_out, to_float
 from .parallel import as_the_first_says, mean_over_processes, my_rows, noise_of_my_rows, share
 from .parallel import share_batch_norms, wait_for_all
@@ -285,38 +286,97 @@ def __call__(self: Recorded, x, y, noise):
     return self._replay(x, y, noise)
 
 # %% ../nbs/50_training.ipynb #c024
-def save_checkpoint(
+def save_best(
     folder: Path,
-    state: dict,  # what training needs to go on
-    weights: dict,  # "last" and "best": name to CPU tensor; written at the end of an epoch, empty inside one
+    best: dict,  # epoch, accuracies, weights; gets the sha256 of the file
+):
+    "Write the weights of a new best epoch, not yet in the place of the old ones."
+    whole = packed_weights(best["weights"])
+    with replacing(folder / "best.new.safetensors") as part:
+        part.write_bytes(whole)
+    best["sha256"] = hashlib.sha256(whole).hexdigest()
+
+
+def best_weights(
+    folder: Path,
+    sha256: str,  # of the file that is meant
+) -> dict:  # name to CPU tensor
+    "The weights that a state speaks of; a ValueError if they are not there."
+    for name in ("best.new.safetensors", "best.safetensors"):
+        with suppress(FileNotFoundError):  # the first may just take the place of the second
+            if sha256_of(folder / name) == sha256:
+                return read_weights(folder / name)
+    raise ValueError(f"{folder / 'best.safetensors'} is missing or damaged (state.pt speaks of another file): put it "
+                     f"back, or move {folder} away and train again")
+
+# %% ../nbs/50_training.ipynb #626b3051
+def write_history(
+    folder: Path,
     history: list[dict],  # a line an epoch
 ):
-    "Write the state of a run, and at the end of an epoch its weights and metrics."
-    for which, tensors in weights.items():
-        with replacing(folder / f"{which}.safetensors") as part:
-            part.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
-    with replacing(folder / "metrics.jsonl") as part:
-        part.write_text("".join(json.dumps(line) + "\n" for line in history))
-    # last: killed before this, the epoch is run again and all four are rewritten
-    with replacing(folder / "state.pt") as part:
-        torch.save(state, part)
+    "Write the metrics, if the file does not have them."
+    lines, path = "".join(json.dumps(line) + "\n" for line in history), folder / "metrics.jsonl"
+    if not path.exists() or path.read_bytes() != lines.encode():
+        with replacing(path) as part:
+            part.write_bytes(lines.encode())
+
+
+def place_best(folder: Path):
+    "Put new best weights, of which the state speaks by now, into the place of the old ones."
+    new = folder / "best.new.safetensors"
+    if new.exists():
+        os.replace(new, folder / "best.safetensors")
+
+# %% ../nbs/50_training.ipynb #cb33c3fb
+def save_checkpoint(
+    folder: Path,
+    state: dict,  # what training needs to go on: "best" and "history", and more
+    last: dict | None = None,  # name to CPU tensor: weights at the end of an epoch; None inside one
+):
+    "Write the state of a run, and what has changed of its weights and metrics."
+    best = state["best"]
+    if best and "sha256" not in best:
+        save_best(folder, best)
+    if last is not None:
+        with replacing(folder / "last.safetensors") as part:
+            part.write_bytes(packed_weights(last))
+        write_history(folder, state["history"])
+    if best:
+        state = state | {"best": {name: value for name, value in best.items() if name != "weights"}}
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    with replacing(folder / "state.pt") as part:  # killed before this, the epoch is run again and all are rewritten
+        part.write_bytes(whole.getbuffer())
+    place_best(folder)
+
+# %% ../nbs/50_training.ipynb #9f46ff4a
+_PLACE = "epoch", "batch", "seconds", "history", "best", "sums"
+
+
+def check_stored(path: Path):
+    "Raise a ValueError if a checksum in a state file is wrong, or if it would unpack to more than it is."
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, which this package never does")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it has another checksum")
 
 
 def load_state(
     path: Path,  # of a state.pt
 ) -> dict:
-    "The state of a run, on the CPU; a ValueError if the file is damaged, or holds something else."
+    "The state of a run, on the CPU; a ValueError if the file is damaged or no such state."
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+        check_stored(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if lacking := {*_PLACE, "weights", "optimizer"} - {*state}:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    except (PermissionError, FileNotFoundError, IsADirectoryError):
         raise
-    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        damaged = error
-    if damaged:
-        raise ValueError(f"{path} is damaged, or no state of a run ({damaged}): move {path.parent} away to train this "
-                         f"run again")
+    except Exception as error:  # whatever reading somebody's file raises
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged or not the state of a run ({reason}): move {path.parent} away to train "
+                         f"this run again; the .safetensors files in it can still be used") from error
     return state
 
 # %% ../nbs/50_training.ipynb #c030
@@ -429,7 +489,7 @@ def _set_up(self: Trainer):
     self.val_attack = self.val_attack or PGD(getattr(self.method, "eps", 8 / 255), steps=10)
     self.criterion = "robust" if self.method.adversarial else "clean"  # what makes an epoch the best
     self.one_step, self.epoch, self.batch, self.seconds = None, 0, 0, 0.0
-    self.sums, self.history, self.best, self._latest = {}, [], None, {}
+    self.sums, self.history, self.best, self._latest, self._signals = {}, [], None, {}, []
 
 
 @patch(as_prop=True)
@@ -486,9 +546,6 @@ def _claim(self: Trainer):
     self.resume()
 
 # %% ../nbs/50_training.ipynb #b46f5bf8
-_PLACE = "epoch", "batch", "seconds", "history", "best", "sums"
-
-
 @patch
 def state(self: Trainer) -> dict:
     "What it takes to go on: the tensors themselves, not copies."
@@ -504,13 +561,30 @@ def resume(self: Trainer):
     if not path.exists():
         return
     state = load_state(path)
-    self.net.load_state_dict(state["weights"])
-    self.optimizer.load_state_dict(state["optimizer"])
-    if self.average:
-        self.average.load_state_dict(state["average"])
+    best = state["best"]
+    if best and "weights" not in best:  # older states hold them
+        best["weights"] = best_weights(self.folder, best["sha256"])
+    try:
+        self.net.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not of this network and optimiser: move {self.folder} away to train this run "
+                         f"again") from error
     vars(self).update({name: state[name] for name in _PLACE})
     if self.epoch == self.epochs:
         self._finish()
+
+
+@patch
+def _settle(self: Trainer):
+    "Bring the other files in line with the state, where a kill has left them behind."
+    new = self.folder / "best.new.safetensors"
+    if new.exists() and self.best and sha256_of(new) == self.best.get("sha256"):
+        place_best(self.folder)
+    new.unlink(missing_ok=True)  # of an epoch that is run again
+    write_history(self.folder, self.history)
 
 
 @patch
@@ -521,10 +595,10 @@ def _finish(self: Trainer):
 
 # %% ../nbs/50_training.ipynb #fc49003b
 @patch
-def _save(self: Trainer, weights):
-    "Write a checkpoint; the first process does."
+def _save(self: Trainer, last=None):
+    "Write a checkpoint, at the end of an epoch with its weights; the first process does."
     if self.folder and share()[0] == 0:
-        save_checkpoint(self.folder, self.state(), weights, self.history)
+        save_checkpoint(self.folder, self.state(), last)
 
 
 @patch
@@ -599,7 +673,7 @@ def _pause(self: Trainer):
     now = time.monotonic()
     self.seconds += now - self._began
     self._began = self._saved = now
-    self._save({})
+    self._save()
 
 # %% ../nbs/50_training.ipynb #cbd8a3bc
 @patch
@@ -617,7 +691,7 @@ def _end_epoch(self: Trainer):
     if self.best is None or rank(line) > rank(self.best):
         self.best = {"epoch": line["epoch"], "clean": clean, "robust": robust, "weights": self.weights("last")}
     self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
-    self._save({which: self.weights(which) for which in ("last", "best")})
+    self._save(self.weights("last"))
 
 # %% ../nbs/50_training.ipynb #875c00fb
 def learns_nothing(
@@ -644,8 +718,8 @@ def check_learning(self: Trainer):
 # %% ../nbs/50_training.ipynb #8d8d10a4
 @patch
 def _late(self: Trainer, deadline):
-    "Whether time is up."
-    return deadline < float("inf") and as_the_first_says(time.monotonic() >= deadline)
+    "Whether time is up, or a signal has come."
+    return as_the_first_says(bool(self._signals) or time.monotonic() >= deadline)
 
 
 @patch
@@ -664,7 +738,7 @@ def _fit_epoch(self: Trainer, deadline):
                 self._pause()
         if self._late(deadline):
             self._pause()
-            close_bar(bar, " time is up")
+            close_bar(bar, " stopped" if self._signals else " time is up")
             return False
         self._end_epoch()
         line, left = self.history[-1], int(self.seconds / self.epoch * (self.epochs - self.epoch))
@@ -684,7 +758,9 @@ def fit(
     `weights('best')` has the best one's.
     """
     deadline = time.monotonic() + time_limit if time_limit is not None else float("inf")
-    with own_randomness(self.device, self.seed):
+    if self.folder and share()[0] == 0:
+        self._settle()
+    with own_randomness(self.device, self.seed), signals_wait() as self._signals:
         while self.epoch < self.epochs:
             self.check_learning()
             if not self._fit_epoch(deadline):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import advdpnp.cli
 import advdpnp.runs
-from advdpnp.cli import app, run_step, import_model, parse_eps, parse_settings, parse_time, plain_errors
+from advdpnp.cli import app, import_model, parse_eps, parse_settings, parse_time, plain_errors, run_step
 
 MODELS = """
 import time, torch
@@ -79,6 +79,8 @@ BROKEN = dict(key="{}['a']", syntax="def f(:", importing="import nowhere_at_all"
 def here(tmp_path, monkeypatch):
     (tmp_path / "their_models.py").write_text(MODELS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds this folder
+    sys.modules.pop("their_models", None)  # of another test
     return tmp_path
 
 

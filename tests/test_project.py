@@ -1,7 +1,6 @@
 "The repository itself: notebooks, package, README and wheel belong together."
 import ast
 import json
-import os
 import re
 import shutil
 import statistics
@@ -158,6 +157,14 @@ def test_links_lead_somewhere():
         text = path.read_text() if path.suffix == ".md" else "\n".join(cells(path, "markdown"))
         for target in re.findall(r"\]\(((?!http)[^)#\s]+)\)", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_promise_names_a_test():
+    text = (ROOT / "tests/README.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert all(f"def {test}(" in (ROOT / "tests" / file).read_text() for file, test in named)
+    assert all("`test_" in line or line.startswith("| **") for line in lines) and len(named) > 30
 
 
 def test_every_picture_is_shown_somewhere():
