@@ -127,8 +127,7 @@ class Config:
     corruption_images: int | None  # None: all
 
     def __post_init__(self):
-        if not is_path(self.dataset):
-            plain_name(self.dataset, "dataset")
+        plain_name(called(self.dataset), "dataset")
         if ":" in self.arch:
             raise ValueError(f"arch is {self.arch!r}: expected the name of a network in timm; one on a hub may change")
         for name, value in vars(self).items():
@@ -394,7 +393,7 @@ def check_run(
         raise ValueError(f"'run' is {shown(config)}: expected a configuration with {', '.join(about)} and more")
     for name in about:
         as_kind(name, config[name], str)
-    plain_name(config["dataset"], "dataset")
+    plain_name(called(config["dataset"]), "dataset")
     if not timm.is_model(arch := config["arch"].split(".")[0]):  # but a file, or a model on a hub
         one_of(arch, timm.list_models(), "architecture")
     one_of(config["preset"], PRESETS, "preset")
