@@ -265,7 +265,7 @@ def as_parameter(
     if name in ("use_results", "keep_going"):
         value = {"true": True, "false": False}.get(text.lower(), value) if text else value
         return as_kind(name, value, bool)
-    if name in ("minutes", "images", "repeats", "race_images"):
+    if name in ("minutes", "images", "repeats", "race_images", "photos"):
         whole = name != "minutes"
         if text is not None and re.fullmatch(r"-?\d+" if whole else r"-?(\d+|\d*\.\d+)", text):
             value = int(text) if whole else float(text)

@@ -512,3 +512,19 @@ def test_an_ablation_is_compared_seed_by_seed(machine):
         return {seed for _, seed in (found if number == 1 else same_seeds(found, {seed for _, seed in plan.asked}))}
 
     assert seeds(1, "auto") == {0, 1, 2} and seeds(6, "auto") == {0} and seeds(6, "0, 1") == {0, 1}
+
+
+PAGES = [path for path in sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
+         if "check_parameters(globals()" in path.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_the_parameters_of_a_page_are_what_it_expects(page):
+    cells = [cell for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code"]
+    given = {}
+    exec("".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", []))), given)
+    check = next("".join(cell["source"]) for cell in cells if "check_parameters(globals()" in "".join(cell["source"]))
+    known = eval(check[check.index("[", check.index("check_parameters(")):check.rindex("]") + 1])
+    before = {name: value for name, value in given.items() if not name.startswith("_")}
+    check_parameters(given, known)
+    assert {*before} == {*known} and {name: given[name] for name in known} == before
