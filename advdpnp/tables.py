@@ -310,7 +310,7 @@ def corruption_text(records: list[dict]) -> str:
     sources = sorted({f"{r['source']}, {r.get('recipe')}, n = {r['n']}" for r in records})
     if len(sources) > 1:
         raise ValueError(f"records are of different corrupted images ({'; '.join(sources)}): "
-                         f"delete corruptions.json in the folders of the older runs")
+                         f"move corruptions.json in the folders of the older runs away")
     table, first = over_seeds(corruption_rows(records)), records[0]
     intervals = dict(mean=[interval(runs[0]) for runs in grouped(records).values()])
     groups = {group: group for group in GROUPS if group in table}

@@ -166,7 +166,7 @@ def test_a_network_with_prototypes_is_attacked_at_them():
 def test_corruptions_of_other_images_are_not_put_into_one_table():
     records = read_json(RESULTS / "table4.quick.json")
     records[1]["n"] = 100
-    with pytest.raises(ValueError, match="different corrupted images .*n = 100; .*n = 500.*: delete corruptions.json"):
+    with pytest.raises(ValueError, match="different corrupted images .*n = 100; .*n = 500.*: move corruptions.json"):
         tables.corruption_text(records)
 
 
