@@ -507,7 +507,8 @@ def runs(data_dir: _DataDir = Path("data")):
         lines = [(str(folder.relative_to(data_dir / "runs")), *status(folder)) for folder in folders]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
-        typer.echo("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+        text = "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip()
+        typer.echo("".join(c if c.isprintable() else "?" for c in text))  # a name may hold what moves the cursor
     if not lines:
         typer.echo(f"no runs in {data_dir / 'runs'}")
 

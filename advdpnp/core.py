@@ -109,20 +109,18 @@ def place_of(
             return f" ({path}, line {frame.lineno})"
     return ""
 
-# %% ../nbs/90_core.ipynb #1e822a37
+# %% ../nbs/90_core.ipynb #c4bbed5d
 _PART = re.compile(r"\..+\.[0-9a-f]{8}\.part(\.[^.]+)?")
 
 
 def remove_abandoned(folder: Path):
     "Remove from a folder what killed processes have half written; what is being written is locked, and stays."
-    for part in folder.glob(".*.part*") if fcntl else []:
-        try:
+    parts = folder.glob(".*.part*") if fcntl else []
+    for part in (path for path in parts if _PART.fullmatch(path.name) and path.is_file()):
+        with suppress(OSError):  # somebody writes it, or it is not ours to remove
             with open(part, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _PART.fullmatch(part.name):
-                    part.unlink(missing_ok=True)
-        except OSError:  # somebody writes it, or it is not ours to remove
-            pass
+                part.unlink()
 
 # %% ../nbs/90_core.ipynb #f5767eac
 @contextmanager

@@ -88,7 +88,8 @@ def chosen_rows(
     if number in ROWS:
         usual = QUICK_ABLATION if (number, preset) == (6, "quick") else ROWS[number]
         return [one_of(row, ROWS[number], f"row of table {number}") for row in named or usual]
-    return named or (FEW.split(", ") if preset == "small" and number in (2, 3) else [*METHODS])
+    few = FEW.split(", ") if preset == "small" and number in (2, 3) else METHODS
+    return named or [method for method in METHODS if method in few]
 
 # %% ../nbs/72_tables.ipynb #5f3c4e79
 def chosen_seeds(

@@ -235,6 +235,16 @@ def test_a_record_of_somebody_else_s_making_stays_in_its_table():
     assert harmless(said) and {columns(line) for line in said.splitlines() if line.startswith("|")} == {5}
 
 
+def test_a_list_of_runs_holds_a_line_a_run_whatever_their_names_and_files(tmp_path):
+    for i, name in enumerate(["a\x1b[2Jb", "c\nd", "e|f", "<script>"]):
+        run = tmp_path / "runs/digits" / name
+        run.mkdir(parents=True)
+        (run / "config.json").write_text("{")
+        (run / "error.txt").write_text("ValueError: \x1b[31mred" if i % 2 else "\x00")
+    listed = CliRunner().invoke(app, ["runs", "--data-dir", str(tmp_path)]).stdout
+    assert len(listed.splitlines()) == 4 and listed.replace("\n", "").isprintable() and "failed" in listed
+
+
 def test_a_pack_holds_names_below_the_data_folder_alone(tmp_path):
     run = tmp_path / "data/runs/digits/standard-cifar_resnet8-quick-s0"
     run.mkdir(parents=True)
