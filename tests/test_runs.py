@@ -1,5 +1,6 @@
 "Configurations and the ledger: on more than one machine, in more than one process, and with runs that fail."
 import json
+import re
 import os
 import shutil
 import signal
@@ -524,7 +525,7 @@ def test_the_parameters_of_a_page_are_what_it_expects(page):
     given = {}
     exec("".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", []))), given)
     check = next("".join(cell["source"]) for cell in cells if "check_parameters(globals()" in "".join(cell["source"]))
-    known = eval(check[check.index("[", check.index("check_parameters(")):check.rindex("]") + 1])
+    known = eval(re.search(r"check_parameters\(globals\(\), (\[.*?\])\)", check, re.S)[1])
     before = {name: value for name, value in given.items() if not name.startswith("_")}
     check_parameters(given, known)
     assert {*before} == {*known} and {name: given[name] for name in known} == before
