@@ -570,12 +570,15 @@ def all_logits(
     loader,  # a `Loader`
 ) -> torch.Tensor:  # (N, K) float32 or wider, on the CPU
     "The logits of every image, in evaluation mode."
-    logits = []
+    logits, done = None, 0
     with full_precision(), torch.no_grad(), as_given(model) as judge:
         for i, (x, _) in enumerate(loader):
             with own_randomness(x.device, i):
-                logits.append(logits_of(judge, x).cpu())
-    return torch.cat(logits)
+                said = logits_of(judge, x).cpu()
+            logits = said.new_empty(len(loader.y), said.shape[1]) if logits is None else logits  # they may be many
+            logits[done : done + len(said)] = said
+            done += len(said)
+    return logits
 
 
 def correct(

@@ -372,7 +372,7 @@ def stored_arrays(
             return {key: archive[key] for key in archive.files}
     except PermissionError:
         raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, RuntimeError) as error:
         if "Object arrays" in str(error):
             raise ValueError(f"{path} holds Python objects, which are not read: expected arrays of numbers, and of "
                              f"strings for class_names") from error

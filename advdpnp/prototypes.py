@@ -116,6 +116,7 @@ class Classifier(nn.Module, PyTorchModelHubMixin, library_name="advdpnp", licens
         if len(mean) != len(std):
             raise ValueError(f"mean has {len(mean)} and std {len(std)} numbers: expected as many, one a channel")
         self.backbone, self.head = backbone, head
+        self.channels = len(mean) if len(mean) > 1 else None  # of the images; None: any, one number is for all
         self.channels_last = type(getattr(backbone, "_orig_mod", backbone)).__module__.startswith(("timm.", "advdpnp."))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
@@ -154,8 +155,8 @@ def features(
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]
 ) -> torch.Tensor:  # (B, d)
     "The features of images."
-    if 1 < self.mean.shape[1] != x.shape[1]:
-        raise ValueError(f"images are {tuple(x.shape)}, expected {self.mean.shape[1]} channels")
+    if self.channels is not None and self.channels != x.shape[1]:
+        raise ValueError(f"images are {tuple(x.shape)}, expected {self.channels} channels")
     x = (x - self.mean) / self.std
     # a clone: `contiguous` leaves images of one channel in the layout in which they came
     features = self.backbone(x if self.channels_last else x.clone(memory_format=torch.contiguous_format))
@@ -195,8 +196,9 @@ class PrototypeNet(Classifier):
         mean=(0.0, 0.0, 0.0),  # one number a channel
         std=(1.0, 1.0, 1.0),
     ):
-        backbone, in_features = make_backbone(backbone, channels=len(mean))
+        named, (backbone, in_features) = isinstance(backbone, str), make_backbone(backbone, channels=len(mean))
         super().__init__(backbone, PrototypeHead(in_features, num_classes, norm), mean, std)
+        self.channels = len(mean) if named else self.channels
 
 # %% ../nbs/10_prototypes.ipynb #2fce8466
 class LinearNet(Classifier):
@@ -209,8 +211,9 @@ class LinearNet(Classifier):
         mean=(0.0, 0.0, 0.0),  # one number a channel
         std=(1.0, 1.0, 1.0),
     ):
-        backbone, in_features = make_backbone(backbone, channels=len(mean))
+        named, (backbone, in_features) = isinstance(backbone, str), make_backbone(backbone, channels=len(mean))
         super().__init__(backbone, nn.Linear(in_features, num_classes), mean, std)
+        self.channels = len(mean) if named else self.channels
 
 # %% ../nbs/10_prototypes.ipynb #a392c282
 @patch
