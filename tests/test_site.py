@@ -24,7 +24,10 @@ LOOK = """() => ({
     noalt: [...document.images].filter(i => !i.alt).map(i => i.src),
     formulas: document.querySelectorAll('math').length,
     flat: [...document.querySelectorAll('math')].filter(m => m.getBoundingClientRect().height < 5).length,
-    text: document.querySelector('article').innerText,
+    text: (article => {
+        article.querySelectorAll('pre, code').forEach(e => e.remove());
+        return article.textContent;
+    })(document.querySelector('article').cloneNode(true)),
     cut: [...document.querySelectorAll('article table')].filter(t => {
         const box = t.closest('.md-typeset__scrollwrap, div') ?? t;
         const scrolls = [t, box, box.firstElementChild].some(
