@@ -66,8 +66,7 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir() if "pycache" not in path.name)
 
 
-def wrong(*case):
-    return pytest.param(*case)
+wrong = pytest.param
 
 
 # The command line
