@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from .attacks import PGD, correct, robust_to
-from .core import as_text, one_of, packed_weights, plain_name, read_json, read_weights, replacing, sha256_of
-from .core import write_json
+from .core import as_text, one_of, packed_weights, plain_name, read_weights, replacing, sha256_of, write_json
 from .data import Loader
 from .evaluation import accuracy
 from .runs import Ledger, called, chosen_by, load_checkpoint, provenance, run_of
@@ -206,7 +205,8 @@ class Pieces(io.RawIOBase):
     def write(self, data):
         "All of the data, in as many pieces as it takes."
         data = memoryview(data)
-        for begin in iter(lambda: len(data), 0):
+        size = len(data)
+        while data:
             if not self.room:
                 self.paths.append(self.folder / f"pack-{len(self.paths):02}")
                 self.paths[-1].write_bytes(b"")
@@ -214,7 +214,7 @@ class Pieces(io.RawIOBase):
             with open(self.paths[-1], "ab") as file:
                 written = file.write(data[: self.room])
             data, self.room = data[written:], self.room - written
-        return len(data)
+        return size
 
 # %% ../nbs/76_hub.ipynb #30a17cba
 def pack(

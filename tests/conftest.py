@@ -92,3 +92,18 @@ def packed(tmp_path_factory):
         return folder / name
 
     return unpack
+
+
+@pytest.fixture
+def here(request, tmp_path, monkeypatch):
+    "A folder to be in, where `MODELS` of the test's file are somebody's module their_models."
+    (tmp_path / "their_models.py").write_text(request.module.MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds this folder
+    sys.modules.pop("their_models", None)  # of another test
+    return tmp_path
+
+
+def files(folder):
+    "The names of what is in a folder."
+    return sorted(path.name for path in folder.iterdir() if "pycache" not in path.name)

@@ -5,7 +5,6 @@ One table for the command line, the parameters of notebooks, the functions and t
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +30,8 @@ from advdpnp.runs import Ledger, check_parameters, load_checkpoint, make_config
 from advdpnp.tables import make_table
 from advdpnp.training import Trainer
 
+from conftest import files
+
 NBS = Path(__file__).parent.parent / "nbs"
 GOOD = NBS.parent / "data/weights/Adv-DPNP-cifar10-small"
 MODELS = """
@@ -51,19 +52,6 @@ def needs(path):
 
 made = linear()
 """
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    (tmp_path / "their_models.py").write_text(MODELS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds this folder
-    sys.modules.pop("their_models", None)  # of another test
-    return tmp_path
-
-
-def files(folder):
-    return sorted(path.name for path in folder.iterdir() if "pycache" not in path.name)
 
 
 wrong = pytest.param

@@ -16,6 +16,8 @@ import advdpnp.cli
 import advdpnp.runs
 from advdpnp.cli import app, import_model, parse_eps, parse_settings, parse_time, plain_errors, run_step
 
+from conftest import files
+
 MODELS = """
 import time, torch
 
@@ -73,19 +75,6 @@ def outputs():
 
 BROKEN = dict(key="{}['a']", syntax="def f(:", importing="import nowhere_at_all", exits="import sys\nsys.exit(3)",
               zero="a = 1\n\nb = a / 0")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    (tmp_path / "their_models.py").write_text(MODELS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds this folder
-    sys.modules.pop("their_models", None)  # of another test
-    return tmp_path
-
-
-def files(folder):
-    return sorted(path.name for path in folder.iterdir() if "pycache" not in path.name)
 
 
 def run(*words):
