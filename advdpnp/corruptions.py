@@ -10,9 +10,10 @@ __all__ = ['CORRUPTIONS', 'RED_GREEN_BLUE', 'STANDARD', 'GROUPS', 'BLOCK', 'PUBL
            'elastic_transform', 'as_pictures', 'pixelate', 'jpeg_compression', 'whole_numbers', 'check_photos',
            'corrupt', 'Published', 'md5_of', 'check_published', 'published_files', 'CorruptedImages', 'recipe_of',
            'workers', 'at_all_severities', 'make_missing', 'corrupted_images', 'recognised', 'mean_and_interval',
-           'corruption_accuracy']
+           'packed_counts', 'counts_in', 'corruption_accuracy']
 
 # %% ../nbs/66_corruptions.ipynb #acc61872
+import base64
 import hashlib
 import io
 import itertools
@@ -602,6 +603,27 @@ def mean_and_interval(
     mean, half = scores.mean().item(), 1.96 * scores.std().item() / len(scores) ** 0.5
     return dict(mean=mean, low=mean - half, high=mean + half)
 
+# %% ../nbs/66_corruptions.ipynb #3c183bd5
+def packed_counts(
+    counts: torch.Tensor,  # (N,) whole numbers from 0 to 255
+) -> str:  # in base64
+    "A small number for each image, as a record keeps them."
+    return base64.b64encode(counts.to(torch.uint8).numpy()).decode()
+
+
+def counts_in(
+    record: dict,  # from `corruption_accuracy`
+) -> torch.Tensor:  # (N,): under how many conditions each image is recognised
+    "What a record says of single images; a ValueError if it says nothing, or if it is damaged."
+    if "counts" not in record:
+        raise ValueError("the record is of an earlier version and says nothing of single images: measure it again to "
+                         "compare it image by image")
+    counts = torch.frombuffer(bytearray(base64.b64decode(record["counts"])), dtype=torch.uint8)
+    conditions = sum(map(len, record["accuracy"].values()))
+    if len(counts) != record["n"] or abs(100 * counts.double().mean() / conditions - record["mean"]) > 1e-6:
+        raise ValueError("the counts do not fit the record's accuracy: the record is damaged")
+    return counts
+
 # %% ../nbs/66_corruptions.ipynb #6ef15a7a
 def corruption_accuracy(
     model: torch.nn.Module,  # images in [0, 1] to logits
@@ -612,17 +634,18 @@ def corruption_accuracy(
     quiet: bool = False,  # no progress bar
     title: str = "",  # before the bar
     deadline: float | None = None,  # a `time.monotonic()` after which a TimeoutError is raised
-) -> dict:  # accuracy: corruption to five numbers, in per cent; mean, low and high over all; n; source
+) -> dict:  # accuracy: corruption to five numbers, in per cent; mean, low and high over all; n; source; counts
     "How much accuracy survives each corruption at each severity."
     right = {}
     bar = progress_bar(len(corrupted.files), f"{title} corruptions".lstrip(), quiet=quiet)
     for name in corrupted.files:
         if deadline is not None and time.monotonic() > deadline:
             raise TimeoutError(f"time is up before {name}")
-        right[name] = 100 * recognised(model, corrupted, name, side, images, batch_size).double()
+        right[name] = recognised(model, corrupted, name, side, images, batch_size)
         bar.update()
-    scores = torch.cat([*right.values()]).mean(0)
-    found = mean_and_interval(scores)
+    all_of_them = torch.cat([*right.values()])
+    found = mean_and_interval(100 * all_of_them.double().mean(0))
     close_bar(bar, f" {found['mean']:.1f}%")
-    accuracy = {name: verdicts.mean(1).tolist() for name, verdicts in right.items()}
-    return dict(accuracy=accuracy, **found, n=len(scores), **corrupted.about)
+    accuracy = {name: (100 * verdicts.double().mean(1)).tolist() for name, verdicts in right.items()}
+    return dict(accuracy=accuracy, **found, n=all_of_them.shape[1], **corrupted.about,
+                counts=packed_counts(all_of_them.sum(0)))

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from .core import as_text, one_of, replacing
 from .corruptions import GROUPS
 from .data import is_path
-from .evaluation import from_digits
+from .evaluation import verdicts_in
 from .methods import METHODS
 from .runs import FEW, Ledger, as_kind, check_same_images, make_config, status
 
@@ -398,7 +398,7 @@ def front_gap(
 # %% ../nbs/72_tables.ipynb #486243cd
 def verdicts_of(records: list[dict]) -> np.ndarray:  # (2, P, N): P rows, N images; clean, then in the worst case
     "How often the rows of a method get an image right: the mean over seeds."
-    mean = lambda runs, which: np.mean([from_digits(r["verdicts"][which]).numpy() for r in runs], axis=0)
+    mean = lambda runs, which: np.mean([verdicts_in(r)[which].numpy() for r in runs], axis=0)
     return np.array([[mean(runs, which) for runs in grouped(records).values()] for which in ("clean", "worst")])
 
 # %% ../nbs/72_tables.ipynb #51f7df19

@@ -127,7 +127,7 @@ def test_evaluation_stays_on_its_device(few, norm, tmp_path):
 def test_a_run_goes_on_on_its_device(tmp_path, monkeypatch):
     late = lambda self, deadline: deadline < float("inf") and (self.epoch, self.batch) == (1, 1)
     monkeypatch.setattr(Trainer, "_late", late)
-    some_images = lambda ledger, config: Loader(data.x_test[:10], data.y_test[:10], 5, device=ledger.device)
+    some_images = lambda ledger, config, few: Loader(data.x_test[:10], data.y_test[:10], 5, device=ledger.device)
     monkeypatch.setattr(advdpnp.runs, "some_images", some_images)
     data = advdpnp.load_dataset("digits")
 

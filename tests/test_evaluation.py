@@ -17,8 +17,9 @@ from torch import nn
 from advdpnp.attacks import CW, FGSM, PGD
 from advdpnp.autoattack import AutoAttack
 from advdpnp.data import Loader
-from advdpnp.evaluation import (OtherEvaluation, Resume, accuracy, as_dataset, check_table, evaluate, from_digits,
-                                images_of, percent, report, robustbench_info, standard_attacks, wilson)
+from advdpnp.evaluation import (OtherEvaluation, Resume, accuracy, as_dataset, check_table, evaluate,
+                                images_of, packed, percent, report, robustbench_info, standard_attacks, unpacked,
+                                verdicts_in, wilson)
 from advdpnp.sanity import failed
 
 RESULTS = Path(__file__).parent.parent / "data/results"
@@ -75,10 +76,10 @@ def test_record_adds_up_and_the_model_is_untouched(model, digits):
     assert json.loads(json.dumps(record)) == record
     assert record["n"] == 100 and record["data_sha256"] == digits.sha256
     metrics = record["metrics"]
-    assert list(metrics) == list(record["verdicts"]) == ["clean", "fgsm", "pgd3", "worst"]
+    assert list(metrics) == list(verdicts_in(record)) == ["clean", "fgsm", "pgd3", "worst"]
     for name, m in metrics.items():
         assert m["accuracy"] == m["correct"] and m["low"] <= m["accuracy"] <= m["high"] and m["n"] == 100
-        assert m == accuracy(from_digits(record["verdicts"][name])) | {k: m[k] for k in m.keys() & {"attack"}}
+        assert m == accuracy(verdicts_in(record)[name]) | {k: m[k] for k in m.keys() & {"attack"}}
     lower = min(metrics["fgsm"]["accuracy"], metrics["pgd3"]["accuracy"])
     assert metrics["worst"]["accuracy"] <= lower <= metrics["clean"]["accuracy"]
     assert metrics["pgd3"]["attack"] == dict(name="pgd3", images=100, eps=0.1, step_size=0.025, steps=3,
@@ -137,7 +138,7 @@ def test_autoattack_on_fewer_images(model, digits):
                       limits=dict(autoattack=30), quiet=True)
     counts = dict(clean=90, pgd3=90, autoattack=30, worst=30)
     assert {name: m["n"] for name, m in record["metrics"].items()} == counts
-    assert {name: len(v) for name, v in record["verdicts"].items()} == counts
+    assert {name: len(v) for name, v in verdicts_in(record).items()} == counts
     assert list(record["metrics"]["autoattack"]["stages"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert record["metrics"]["worst"]["correct"] <= record["metrics"]["autoattack"]["correct"]
     assert "worst is over the 30 that all attacks saw" in report(record)  # never silently
@@ -238,15 +239,16 @@ def test_a_subset_has_every_class_and_a_smaller_one_lies_inside(model, digits):
     places = images_of(large, data)
     assert np.bincount(data.y_test[places]).tolist() == [5] * 10
     assert np.array_equal(images_of(small, data), places[:20])
-    assert small["verdicts"]["clean"] == large["verdicts"]["clean"][:20]
+    right = verdicts_in(large)["clean"].tolist()
+    assert verdicts_in(small)["clean"].tolist() == right[:20]
     assert large["subset"] == dict(order="stratified", seed=0, of=500) and large["remarks"] == []
     limited = evaluate(model, data, limits=dict(pgd2=20), **how)
     assert np.array_equal(images_of(limited, data)[:50], places) and limited["n"] == 500
-    assert limited["verdicts"]["clean"][:50] == large["verdicts"]["clean"] and len(limited["verdicts"]["worst"]) == 20
+    verdicts = verdicts_in(limited)
+    assert verdicts["clean"][:50].tolist() == right and len(verdicts["worst"]) == 20
     whole = evaluate(model, data, **how)
     assert whole["subset"] is None and np.array_equal(images_of(whole, data), np.arange(500))
-    ordered = np.array([*whole["verdicts"]["clean"]])
-    assert "".join(ordered[places]) == large["verdicts"]["clean"]
+    assert verdicts_in(whole)["clean"][places].tolist() == right
     with pytest.raises(ValueError, match="the record is of other data than digits"):
         images_of(whole, digits)
     before = {key: value for key, value in small.items() if key not in ("subset", "remarks")}  # of an earlier version
@@ -461,4 +463,17 @@ def test_records_made_before_are_read(name):
 def test_tradeoff_records_made_before_are_read():
     record = json.loads((RESULTS / "figure2.quick.json").read_text())[0]
     for name in ("clean", "worst"):
-        assert percent(from_digits(record["verdicts"][name])) == pytest.approx(record[name]["accuracy"])
+        assert percent(verdicts_in(record)[name]) == pytest.approx(record[name]["accuracy"])
+
+
+def test_verdicts_of_ten_thousand_images_are_small_and_stand_last(model, digits):
+    verdicts = torch.rand(10_000) < 0.5
+    assert 10 * len(packed(verdicts)) < 20_000  # clean, eight attacks, the worst case
+    record = evaluate(model, digits, [FGSM(0.1)], images=20, quiet=True)
+    assert [*record][-1] == "verdicts" and "\n" not in record["verdicts"]
+
+
+@pytest.mark.parametrize("text", ["3:", "3:gA", "3:gA==gA==", "-3:gA==", "3:gAA=", "012", "x:gA==", "1e3:gA=="])
+def test_damaged_verdicts_are_not_read(text):
+    with pytest.raises(ValueError, match="verdicts"):
+        unpacked(text)

@@ -16,7 +16,7 @@ from advdpnp.autoattack import APGD, Square
 from advdpnp.cli import parse_eps, parse_settings, parse_time, parse_value
 from advdpnp.core import differing, flat, read_json, replacing, seed_of, write_json
 from advdpnp.data import stratified_order
-from advdpnp.evaluation import from_digits, to_digits, wilson
+from advdpnp.evaluation import packed, unpacked, wilson
 from advdpnp.losses import CONSISTENCIES, REPULSIONS, adversarial_terms, clean_terms, consistency, mean_repulsion
 from advdpnp.losses import negative_repulsion, positive_alignment
 from advdpnp.methods import EXTRAS, METHODS, split_name
@@ -276,7 +276,7 @@ def test_a_wilson_interval_holds_the_estimate_and_is_symmetric(n, data):
 @few
 @given(some.lists(some.booleans(), max_size=50))
 def test_verdicts_are_kept_as_they_are(verdicts):
-    assert from_digits(to_digits(torch.tensor(verdicts, dtype=torch.bool))).tolist() == verdicts
+    assert unpacked(packed(torch.tensor(verdicts, dtype=torch.bool))).tolist() == verdicts
 
 
 @few

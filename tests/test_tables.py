@@ -6,12 +6,13 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib import pyplot as plt
 from pages import ROOT, run_page
 
 from advdpnp import plots, tables
 from advdpnp.core import read_json
-from advdpnp.evaluation import from_digits
+from advdpnp.evaluation import accuracy, packed, verdicts_in
 
 RESULTS = ROOT / "data/results"
 STEMS = sorted(path.stem for path in RESULTS.glob("table*.json"))
@@ -51,9 +52,7 @@ def test_a_table_is_made_again_from_its_records(folder, stem):
 def test_verdicts_in_records_add_up(preset):
     for name in ("table7", "figure2"):
         for record in read_json(RESULTS / f"{name}.{preset}.json"):
-            for which in ("clean", "worst"):
-                verdicts = from_digits(record["verdicts"][which])
-                assert len(verdicts) == record["n"] and int(verdicts.sum()) == record[which]["correct"]
+            assert len(verdicts_in(record)["worst"]) == record["n"]  # they fit its numbers, or there is an error
 
 
 def test_the_bars_that_the_method_must_meet():
@@ -204,7 +203,8 @@ def test_six_networks_are_not_better_than_one_for_being_six():
 def test_several_seeds_count_with_their_mean_and_not_their_best():
     sweep = read_json(RESULTS / "table7.quick.json")
     row = next(record for record in sweep if record["method"] == "TRADES")
-    worse = row | dict(seed=1, verdicts={which: "0" * row["n"] for which in ("clean", "worst")})
+    none = {which: accuracy(torch.zeros(row["n"], dtype=torch.bool)) for which in ("clean", "worst")}
+    worse = row | none | dict(seed=1, verdicts=" ".join(2 * [packed(torch.zeros(row["n"], dtype=torch.bool))]))
     np.testing.assert_allclose(tables.verdicts_of([row, worse]), tables.verdicts_of([row]) / 2)
 
 
