@@ -44,7 +44,7 @@ def mcnemar(
     only_b: int,
 ) -> float:
     "The exact p-value of McNemar's test (Psychometrika, 1947), two-sided."
-    return binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 # %% ../nbs/69_comparison.ipynb #69a00015
 def paired(
@@ -58,8 +58,9 @@ def paired(
     only_a, only_b = (d > 0).sum(1).mean(), (d < 0).sum(1).mean()
     exact = len(d) == 1 and np.isin(d, (-1, 0, 1)).all()
     p = mcnemar(int(only_a), int(only_b)) if exact else 2 * student.sf(abs(middle) / variance**0.5, freedom)
-    return dict(difference=100 * d.mean(), low=100 * (middle - reach), high=100 * (middle + reach), p=float(p),
-                only_a=float(only_a), only_b=float(only_b))
+    found = dict(difference=100 * d.mean(), low=100 * (middle - reach), high=100 * (middle + reach), p=p,
+                 only_a=only_a, only_b=only_b)
+    return {name: float(value) for name, value in found.items()}
 
 # %% ../nbs/69_comparison.ipynb #69a00018
 def holm(
@@ -145,7 +146,7 @@ def compare_under(
     rows = []
     for a, b in pairs:
         seeds, images = values[a].shape
-        accuracies = dict(accuracy_a=100 * values[a].mean(), accuracy_b=100 * values[b].mean())
+        accuracies = {f"accuracy_{x}": float(100 * values[name].mean()) for x, name in (("a", a), ("b", b))}
         rows.append(dict(metric=metric, a=a, b=b) | accuracies | paired(values[a], values[b])
                     | dict(images=images, seeds=seeds))
     for row, p in zip(rows, holm([row["p"] for row in rows])):
