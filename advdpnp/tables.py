@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'KINDS', 'ABLATION', 'QUICK_ABLATION', 'SWEEPS', 'ROWS', 'LABELS', 'GEOMETRY', 'ANCHORS', 'ANGLES',
-           'READING', 'TEXTS', 'sweep_rows', 'chosen_rows', 'chosen_seeds', 'table_runs', 'grouped', 'over_seeds',
-           'accuracies', 'checks_of', 'sizes', 'tabulate', 'markdown', 'interval', 'accuracy_cell', 'readable',
-           'failed_checks', 'setting', 'published', 'corruption_rows', 'geometry_rows', 'numbers', 'corruption_text',
-           'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap', 'verdicts_of', 'fronts_apart',
-           'tradeoff_rows', 'tradeoff_text', 'mixed_images', 'result_text', 'table_files', 'save', 'Table', 'Plan',
-           'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table', 'data_folder', 'kept_text']
+           'TRADEOFF', 'READING', 'TEXTS', 'sweep_rows', 'chosen_rows', 'chosen_seeds', 'table_runs', 'grouped',
+           'over_seeds', 'accuracies', 'checks_of', 'sizes', 'tabulate', 'markdown', 'interval', 'accuracy_cell',
+           'readable', 'failed_checks', 'setting', 'paired_text', 'published', 'corruption_rows', 'geometry_rows',
+           'numbers', 'corruption_text', 'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap',
+           'verdicts_of', 'fronts_apart', 'tradeoff_rows', 'tradeoff_text', 'mixed_images', 'result_text',
+           'table_files', 'save', 'Table', 'Plan', 'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table',
+           'make_table', 'data_folder', 'kept_text']
 
 # %% ../nbs/72_tables.ipynb #154364e4
 import itertools
@@ -21,6 +22,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .comparison import compare
 from .core import as_text, one_of, replacing
 from .corruptions import GROUPS
 from .data import is_path
@@ -239,6 +241,20 @@ def setting(records: list[dict], *more: str) -> str:  # more: what else belongs 
             for r in records]
     return as_text(f"{', '.join([*of, *more])}; {', or '.join(dict.fromkeys(made))}.")
 
+# %% ../nbs/72_tables.ipynb #fc87e95b
+def paired_text(records: list[dict], which: str = "best") -> str:  # which: or "last"; empty without Adv-DPNP, or alone
+    "How far Adv-DPNP is ahead of each other row on the same images, in Markdown."
+    runs = grouped(records)
+    if "Adv-DPNP" not in runs or len(runs) < 2:
+        return ""
+    try:
+        found = compare(runs, "Adv-DPNP", which)
+    except ValueError as error:
+        return f"Rows cannot be compared image by image: {error}."
+    seeds = "test images and seeds" if found.rows["seeds"].max() > 1 else "test images"
+    return (f"Adv-DPNP minus each other row on the same images, in points, with a 95% interval over {seeds}; "
+            f"bold where it excludes zero:\n\n{found.brief(LABELS | dict(corruptions='all'))}")
+
 # %% ../nbs/72_tables.ipynb #590a4cd2
 def published(
     dataset: str,
@@ -323,6 +339,7 @@ def corruption_text(records: list[dict]) -> str:
     made = "the published files of CIFAR-10-C" if theirs else "corrupted here, not the published ones"
     return "\n\n".join([
         numbers(table, dict(mean="all", **groups), spreads=intervals),
+        *filter(None, [paired_text(records)]),
         "One by one, the mean over five severities:",
         numbers(table, {name: name.replace("_", " ") for name in first["accuracy"]}, upright=True),
         setting(records, made),
@@ -369,26 +386,29 @@ def height_gap(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, floa
 
 # %% ../nbs/72_tables.ipynb #25cc2dbe
 def accuracies_on(
-    right: np.ndarray,  # (2, P, N): whether P networks get N images right, clean and in the worst case
-    weights: np.ndarray,  # (R, N): how often each image counts, for R resamples
-) -> np.ndarray:  # (R, P, 2), in per cent
-    "The accuracies of some networks on weighted images."
-    return (100 * (right @ weights.T) / weights.sum(1)).transpose(2, 1, 0)
+    right: np.ndarray,  # (2, P, S, N): whether P networks of S seeds get N images right, clean and in the worst case
+    images: np.ndarray,  # (R, N): how often each image counts, for R resamples
+    seeds: np.ndarray,  # (R, S): how often each seed counts
+) -> np.ndarray:  # (R, P, 2), in per cent, means over seeds
+    "The accuracies of some networks on weighted images and seeds."
+    each = right @ images.T / images.sum(1)
+    return 100 * np.einsum("kpsr,rs->rpk", each, seeds / seeds.sum(1, keepdims=True))
 
 
 def front_gap(
-    a: np.ndarray,  # (2, P, N): whether P networks get N images right, clean and in the worst case; or means over seeds
-    b: np.ndarray,  # (2, Q, N): those of another method, on the same images
+    a: np.ndarray,  # (2, P, S, N): whether P networks of S seeds get N images right, clean and in the worst case
+    b: np.ndarray,  # (2, Q, S, N): those of another method, of the same seeds, on the same images
     resamples: int = 400,
     splits: int = 10,  # of the images into halves
 ) -> dict:  # points, low, high: in per cent, with a 95% interval; over: the least and largest clean accuracy
     "How far the front of a method is above another's, on average over the clean accuracies that both reach."
-    images, random = a.shape[2], np.random.default_rng(0)
+    (seeds, images), random = a.shape[2:], np.random.default_rng(0)
     halves = [np.isin(np.arange(images), random.permutation(images)[: images // 2]) for _ in range(splits)]
-    draws = random.multinomial(images, np.full(images, 1 / images), resamples)
-    weights, gaps = np.vstack([np.ones(images), draws]), []
+    drawn = lambda n: np.vstack([np.ones(n), random.multinomial(n, np.full(n, 1 / n), resamples)])
+    weights, of_seeds, gaps = drawn(images), drawn(seeds), []
     for half in halves + [~half for half in halves]:
-        chosen, measured = ([accuracies_on(right, weights * part) for right in (a, b)] for part in (half, ~half))
+        chosen, measured = ([accuracies_on(right, weights * part, of_seeds) for right in (a, b)]
+                            for part in (half, ~half))
         fronts = [[on[hull(by)] for by, on in zip(*pair)] for pair in zip(chosen, measured)]
         gaps.append([height_gap(*pair) for pair in zip(*fronts)])
     (points, *over), *resampled = np.mean(gaps, axis=0).tolist()
@@ -396,40 +416,51 @@ def front_gap(
     return dict(points=points, low=low, high=high, over=tuple(over))
 
 # %% ../nbs/72_tables.ipynb #486243cd
-def verdicts_of(records: list[dict]) -> np.ndarray:  # (2, P, N): P rows, N images; clean, then in the worst case
-    "How often the rows of a method get an image right: the mean over seeds."
-    mean = lambda runs, which: np.mean([verdicts_in(r)[which].numpy() for r in runs], axis=0)
-    return np.array([[mean(runs, which) for runs in grouped(records).values()] for which in ("clean", "worst")])
+def verdicts_of(
+    records: list[dict],  # of kind "tradeoff"
+    under: str = "worst",  # or "autoattack"
+) -> np.ndarray:  # (2, P, S, N): P rows, S seeds, N images; clean, then under attack
+    "Which images the rows of a method get right, for the seeds that all rows have."
+    rows = [{r["seed"]: verdicts_in(r) for r in runs} for runs in grouped(records).values()]
+    shared = sorted(set.intersection(*({*row} for row in rows)))
+    images = min(len(verdicts[under]) for row in rows for verdicts in row.values())
+    return np.array([[[row[seed][which][:images].numpy() for seed in shared] for row in rows]
+                     for which in ("clean", under)])
 
 # %% ../nbs/72_tables.ipynb #51f7df19
 def fronts_apart(records: list[dict]) -> str:  # empty without Adv-DPNP, or with nothing else
     "How far the front of Adv-DPNP is above that of each other method, in Markdown."
     check_same_images(records)
-    methods = {method: verdicts_of(runs) for method, runs in grouped(records, lambda r: r["config"]["method"]).items()}
+    methods = grouped(records, lambda r: r["config"]["method"])
     ours = methods.pop("Adv-DPNP", None)
     if ours is None or not methods:
         return ""
-    lines = [["method", "networks", "Adv-DPNP's front above its", "over clean accuracies of"]]
+    attacks = [under for under in ("worst", "autoattack") if all(under in r for r in records)]
+    lines = [["method", "networks", *(f"above its front, {LABELS[a]}" for a in attacks), "over clean accuracies of"]]
     for method, theirs in methods.items():
-        found = front_gap(ours, theirs)
-        above = f"{found['points']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]"
-        lines.append([method, str(theirs.shape[1]), above, "{:.1f} to {:.1f}".format(*found["over"])])
-    return (f"Worst-case accuracy where clean accuracies are equal, for the {ours.shape[1]} networks of Adv-DPNP; "
-            f"intervals are over test images, so another seed may lie outside:\n\n{markdown(lines)}")
+        found = [front_gap(verdicts_of(ours, a), verdicts_of(theirs, a)) for a in attacks]
+        above = [f"{gap['points']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" for gap in found]
+        lines.append([method, str(len(grouped(theirs))), *above, "{:.1f} to {:.1f}".format(*found[0]["over"])])
+    several = len({r["seed"] for r in records}) > 1
+    seeds = "test images and seeds" if several else "test images: another seed may lie outside"
+    return (f"How far Adv-DPNP's front is above that of each method where clean accuracies are equal, for its "
+            f"{len(grouped(ours))} networks; intervals are over {seeds}.\n\n{markdown(lines)}")
 
 # %% ../nbs/72_tables.ipynb #f2385ea5
-def tradeoff_rows(records: list[dict]) -> pd.DataFrame:  # method, clean, worst
-    "Clean and worst-case accuracy in per cent, a row a run."
-    return pd.DataFrame([{"method": r["method"], "clean": r["clean"]["accuracy"], "worst": r["worst"]["accuracy"]}
+TRADEOFF = dict(clean="clean", worst="worst of PGD-20, C&W, prototype PGD", autoattack="AutoAttack, on fewer images")
+
+
+def tradeoff_rows(records: list[dict]) -> pd.DataFrame:  # method, clean, worst, autoattack
+    "Clean and worst-case accuracy in per cent, and under AutoAttack where it was run, a row a run."
+    return pd.DataFrame([{"method": r["method"]} | {name: r[name]["accuracy"] for name in TRADEOFF if name in r}
                          for r in records])
 
 
 def tradeoff_text(records: list[dict]) -> str:
     "Clean and worst-case accuracy of every run, and how far Adv-DPNP's front is above the others', in Markdown."
-    runs = grouped(records).values()
-    spreads = {which: [interval(seeds[0][which]) for seeds in runs] for which in ("clean", "worst")}
-    columns = dict(clean="clean", worst="worst of PGD-20, C&W, prototype PGD")
-    table = numbers(over_seeds(tradeoff_rows(records)), columns, spreads=spreads)
+    shown = {name: label for name, label in TRADEOFF.items() if all(name in r for r in records)}
+    spreads = {name: [interval(seeds[0][name]) for seeds in grouped(records).values()] for name in shown}
+    table = numbers(over_seeds(tradeoff_rows(records)), shown, spreads=spreads)
     return "\n\n".join(filter(None, [table, fronts_apart(records), setting(records)]))
 
 # %% ../nbs/72_tables.ipynb #bcce931b
@@ -444,7 +475,7 @@ READING = {
 - *Worst case*: an image must survive every attack of the table. It is measured on the images of AutoAttack. These
   may be fewer, so an accuracy on them can be higher than one on all.
 - Behind a number is its 95% interval over test images (Wilson's), or with several seeds the standard deviation over
-  seeds (±). If the intervals of two rows overlap widely, the table does not tell them apart.
+  seeds (±). Below the table, rows are compared on the same images, which tells smaller differences apart.
 - *Flags* are the sanity checks that failed ([64_sanity](64_sanity.ipynb)). In brackets are those that were not run;
   two need an undefended network of the same kind.""",
     "corruptions": """\
@@ -464,8 +495,7 @@ READING = {
     "tradeoff": """\
 - Each row is one network: a method with the settings that were chosen for it, or with one number changed.
 - At most 2,000 test images are attacked by PGD-20, by C&W and, where there are prototypes, by the attack on these.
-  *Worst*: an image must survive all of them. AutoAttack would take ten times as long; table 1 has it for the chosen
-  settings.
+  *Worst*: an image must survive all of them. AutoAttack takes ten times as long, so it sees 500 of them at most.
 - Intervals are over test images, not over seeds. How fronts are compared is told in [72_tables](72_tables.ipynb).""",
 }
 
@@ -483,7 +513,7 @@ def result_text(records: list[dict], data_dir=None) -> str:  # data_dir: with pu
     "Accuracies of the best and the last epoch in Markdown, with what failed, and published numbers below."
     config = records[0]["config"]
     parts = ["Best epoch, chosen on held-out training images:", readable(records), failed_checks(records),
-             "Last epoch:", readable(records, "last"), failed_checks(records, "last"),
+             paired_text(records), "Last epoch:", readable(records, "last"), failed_checks(records, "last"),
              setting(records, f"eps {config['eps']:.4g}"), mixed_images(records)]
     others = published(config["dataset"], data_dir) if data_dir else ""
     if others:
