@@ -21,7 +21,7 @@ _NAMES = {  # by module: `advdpnp.PGD` imports advdpnp.attacks when it is asked 
     "attacks": "ThreatModel FGSM PGD CW PrototypePGD",
     "methods": "AdvDPNP TRADES METHODS", "training": "Trainer",
     "evaluation": "evaluate", "autoattack": "AutoAttack", "geometry": "discriminability",
-    "data": "Dataset load_dataset", "hub": "load_weights",
+    "data": "Dataset load_dataset",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

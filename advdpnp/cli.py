@@ -232,14 +232,18 @@ def examples(
 
 # %% ../nbs/78_cli.ipynb #892a0565
 def open_model(
-    spec: str,  # a run's folder, a .safetensors file in it, "package.module:function" or "folder/file.py:function"
+    spec: str,  # a folder of a run or a saved network, a .safetensors file of a run, or as `import_model` takes it
 ) -> tuple:  # the model, and the configuration of its run: {} for a model that is not ours
     "A model to evaluate."
-    from advdpnp.runs import load_checkpoint
+    from advdpnp.prototypes import Classifier
+    from advdpnp.runs import load_checkpoint, run_of
 
     path = Path(spec)
     if path.is_file() and path.suffix == ".py":
         raise ValueError(f"{spec} is a Python file: which function in it returns the model? {spec}:function")
+    if (path / "model.safetensors").exists():
+        record = path / "record.json"
+        return Classifier.from_pretrained(path), run_of(record) if record.exists() else {}
     if path.exists():
         return load_checkpoint(path)
     if ":" in spec:
@@ -341,7 +345,8 @@ def measure_model(
     from advdpnp.runs import provenance, sha256_of
 
     path, kept = Path(model), output.with_name(f".{output.name}.unfinished")
-    path = path / "best.safetensors" if path.is_dir() else path
+    if path.is_dir():
+        path = next(path / name for name in ("model.safetensors", "best.safetensors") if (path / name).exists())
     weights = {"sha256": sha256_of(path)} if config else {}
     found = evaluate(net, dataset, attacks, resume=kept, **options)
     record = dict(model=model, **(weights | found | provenance(torch.device(found["device"]))))
@@ -363,8 +368,8 @@ def write_robustbench(
 
 # %% ../nbs/78_cli.ipynb #85ff8806
 _Model = Annotated[str, typer.Argument(
-    help="A run's folder, a .safetensors file in it, or a function that returns a model: package.module:function or "
-         "folder/file.py:function.")]
+    help="A run's folder, a .safetensors file in it, a saved network's folder, or a function that returns a model: "
+         "package.module:function or folder/file.py:function.")]
 _Images = Annotated[Optional[str], typer.Option(
     help="digits, cifar10, cifar100, svhn, an archive in --data-dir, a path to an .npz with x_test and y_test, "
          "or to a folder/ with a folder of images for each class, or with test/ in it. Default: the run's.")]
@@ -566,7 +571,7 @@ _Name = Annotated[Optional[str], typer.Option(help="Default: method, data set an
 # %% ../nbs/78_cli.ipynb #85ec5191
 @app.command(epilog=examples("advdpnp publish data/runs/digits/Adv-DPNP-cifar_resnet8-quick-s0"))
 def publish(run: _Run, name: _Name = None, data_dir: _DataDir = Path("data"), device: _Device = "auto"):
-    "Put a run's best epoch where it can be loaded by name, in half precision, with a card of what it is."
+    "Put a run's best epoch into a folder that `from_pretrained` loads, in half precision, with a card of what it is."
     with plain_errors():
         from advdpnp.hub import publish
         from advdpnp.runs import Ledger, load_checkpoint

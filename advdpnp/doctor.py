@@ -19,7 +19,8 @@ import torch
 
 from .core import cores, has_fast_bf16, pick_device, read_json
 from .data import read_archive
-from .runs import load_checkpoint, processor, status
+from .prototypes import Classifier
+from .runs import processor, status
 
 # %% ../nbs/79_doctor.ipynb #7c6b810b
 class Finding(NamedTuple):
@@ -108,7 +109,7 @@ def data_sets(data_dir: Path) -> list[Finding]:
 
 def networks(data_dir: Path) -> list[Finding]:
     "The published networks of a data folder."
-    kind = lambda folder: type(load_checkpoint(folder)[0]).__name__
+    kind = lambda folder: type(Classifier.from_pretrained(folder)).__name__
     return [read_or_broken(f"network {path.parent.name}", lambda path=path: kind(path.parent))
             for path in sorted(data_dir.glob("weights/*/config.json"))]
 

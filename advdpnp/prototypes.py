@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['CARD', 'PrototypeHead', 'auto_norm', 'regular_simplex', 'Classifier', 'checked_features', 'make_backbone',
-           'PrototypeNet', 'LinearNet']
+           'PrototypeNet', 'LinearNet', 'saved_files', 'settings_of']
 
 # %% ../nbs/10_prototypes.ipynb #07ec4525
+import inspect
 import math
+import shutil
+import tempfile
 from pathlib import Path
 
 import timm
 import torch
 from fastcore.basics import patch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import nn
 from torch.nn import functional as F
 
 import advdpnp.backbones  # registers its networks with timm
-from .core import one_of, read_json
+from .core import one_of, own_randomness, packed_weights, read_json, read_weights, replacing, shown
 
 # %% ../nbs/10_prototypes.ipynb #5332b57b
 class PrototypeHead(nn.Module):
@@ -89,15 +92,17 @@ CARD = """\
 ---
 {{ card_data }}
 ---
-# {{ name }}
+# {{ name.split("/") | last }}
 
 A `{{ kind }}` of [advdpnp](https://arxiv.org/abs/2504.03782): images as floats in [0, 1] to logits. Normalisation is \
-inside. {{ about | default("What it was trained on, and what was measured, its author has not said.") }}
+inside.
 
 ```python
 from advdpnp import {{ kind }}
 net = {{ kind }}.from_pretrained("{{ name }}")
 ```
+
+{{ about | default("What it was trained on, and what was measured, its author has not said.") }}
 """  # of a network on the Hugging Face hub; `about` may be given in `model_card_kwargs`
 
 # %% ../nbs/10_prototypes.ipynb #ca1286bb
@@ -219,21 +224,95 @@ class LinearNet(Classifier):
 @patch
 def save_pretrained(
     self: Classifier,
-    save_directory,  # a folder, new or holding such a network
+    save_directory,  # a folder, new or holding such a network; a card that is there stays
     **more,  # see `PyTorchModelHubMixin.save_pretrained`
 ):
     "Save weights, configuration and card into a folder; a ValueError if the network could not be built again."
     if not isinstance((self._hub_mixin_config or {}).get("backbone"), str):
         raise ValueError(f"{type(self).__name__} was given its backbone as a module, which a folder cannot describe: "
                          f"expected a timm name; or save net.state_dict() and build the network yourself")
-    settings = Path(save_directory) / "config.json"
-    if settings.exists() and "backbone" not in read_json(settings):
+    folder = Path(save_directory).resolve()
+    if (folder / "config.json").exists() and "backbone" not in read_json(folder / "config.json"):
         raise ValueError(f"{save_directory} holds something else (its config.json names no backbone): "
                          f"expected another folder")
-    return PyTorchModelHubMixin.save_pretrained(self, save_directory, **more)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / folder.name
+        address = PyTorchModelHubMixin.save_pretrained(self, made, **more)
+        for path in made.iterdir():
+            if path.name != "README.md" or not (folder / path.name).exists():
+                with replacing(folder / path.name) as part:
+                    shutil.copyfile(path, part)
+    return address
+
+
+@patch
+def _save_pretrained(self: Classifier, save_directory):
+    (save_directory / "model.safetensors").write_bytes(packed_weights(self.state_dict()))
 
 
 @patch
 def generate_model_card(self: Classifier, *args, name="user/name", **more):
     "The card: how to load the network, and what its author says."
     return PyTorchModelHubMixin.generate_model_card(self, *args, kind=type(self).__name__, name=name, **more)
+
+# %% ../nbs/10_prototypes.ipynb #39e4747c
+def saved_files(
+    name,  # a folder, or "user/name" on the Hugging Face hub
+    **more,  # see `hf_hub_download`: revision, token, cache_dir, local_files_only
+) -> tuple[Path, Path]:  # config.json, model.safetensors
+    "The files of a saved network; a FileNotFoundError if they are not to be had."
+    names = "config.json", "model.safetensors"
+    if Path(name).is_dir():
+        if lacking := [file for file in names if not (Path(name) / file).is_file()]:
+            raise FileNotFoundError(f"{name} holds no saved network ({' and '.join(lacking)} not there): expected a "
+                                    f"folder that save_pretrained or advdpnp publish has written")
+        return Path(name) / names[0], Path(name) / names[1]
+    try:
+        config, weights = (Path(hf_hub_download(str(name), file, **more)) for file in names)
+    except (OSError, ValueError) as error:  # of many kinds; what a name must look like is a ValueError
+        raise FileNotFoundError(f"{shown(str(name))} is no folder here, and the Hugging Face hub did not give it "
+                                f"({type(error).__name__}): expected a folder that save_pretrained has written, or "
+                                f"user/name of a network on the hub and a connection to it") from error
+    return config, weights
+
+# %% ../nbs/10_prototypes.ipynb #b4d45ec6
+def settings_of(
+    config: Path,  # a config.json
+    weights: dict,  # name to tensor
+) -> tuple[type, dict]:  # the class, and what the configuration says
+    "What network a folder holds; a ValueError if its configuration is not one of ours, or not of these weights."
+    said = read_json(config, "backbone", "num_classes", "mean", "std")
+    kind, head = (PrototypeNet, "head.directions") if "norm" in said else (LinearNet, "head.weight")
+    if not timm.is_model(name := str(said["backbone"]).split(".")[0]):  # but a file, or a model on a hub
+        try:
+            one_of(name, timm.list_models(), "backbone")
+        except ValueError as error:
+            raise ValueError(f"{config}: {error}") from error
+    shape = tuple(weights[head].shape) if head in weights else ()
+    if shape[:1] != (said["num_classes"],):
+        raise ValueError(f"{config} is of a {kind.__name__} with {shown(said['num_classes'])} classes, in the weights "
+                         f"beside it {head} is {shape or 'missing'}: get both files anew")
+    return kind, said
+
+# %% ../nbs/10_prototypes.ipynb #713b27d8
+@patch(cls_method=True)
+def from_pretrained(
+    cls: Classifier,
+    name,  # a folder, or "user/name" on the Hugging Face hub
+    **more,  # see `hf_hub_download`: revision, token, cache_dir, local_files_only
+) -> Classifier:  # on the CPU, in evaluation mode
+    "A saved network; a ValueError or FileNotFoundError if there is none, or one of another kind."
+    config, file = saved_files(name, **more)
+    weights = read_weights(file)
+    kind, said = settings_of(config, weights)
+    cls = kind if cls is Classifier else cls
+    if not issubclass(cls, kind):
+        raise ValueError(f"{name} is a {kind.__name__}: expected {kind.__name__}.from_pretrained")
+    try:
+        with own_randomness(torch.device("cpu"), 0):
+            net = cls(**{key: said[key] for key in inspect.signature(cls).parameters if key in said})
+        net.load_state_dict(weights)
+    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} is damaged or of another network ({reason}): get the folder's files anew") from error
+    return net.eval()

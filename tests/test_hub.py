@@ -1,15 +1,14 @@
 "The networks in the repository are what their cards say, and what cannot be published is refused."
 import json
-import re
-import shutil
 from pathlib import Path
 
 import pytest
 
-from advdpnp.core import write_json
+from advdpnp.core import read_json, sha256_of, write_json
 from advdpnp.data import averaged, load_dataset
 from advdpnp.evaluation import accuracy
-from advdpnp.hub import IMAGES, card, load_weights, publish, remeasured
+from advdpnp.hub import IMAGES, about, publish, remeasured
+from advdpnp.prototypes import Classifier, PrototypeNet
 from advdpnp.runs import Ledger, make_config
 
 from conftest import TINY
@@ -23,43 +22,37 @@ def test_there_are_some():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_network_can_be_loaded_by_name_and_its_card_speaks_of_it(name):
-    said = json.loads((DATA / "weights" / name / "config.json").read_text())
-    text = (DATA / "weights" / name / "README.md").read_text()
-    net = load_weights(name, DATA)  # compares the sha256
-    assert not net.training and said["sha256"]["best.safetensors"] in text
-    assert f'from advdpnp.hub import load_weights\nnet = load_weights("{name}")' in text
-    for metric in ("clean", "pgd20"):
-        assert re.search(rf"as published, 1000 images.*{said['measured'][metric]['accuracy']:.1f} ", text)
+def test_a_folder_is_small_and_its_record_is_of_its_weights(name):
+    folder = DATA / "weights" / name
+    said = read_json(folder / "record.json", "run", "sha256", "measured")
+    assert said["sha256"] == {"model.safetensors": sha256_of(folder / "model.safetensors")}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16 * 2**20
+    assert json.loads((folder / "config.json").read_text())["backbone"] == said["run"]["arch"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_card_in_the_repository_is_the_one_that_would_be_written_today(name):
-    said = json.loads((DATA / "weights" / name / "config.json").read_text())
-    ledger = Ledger(DATA, "cpu", use_results=True)
-    record = ledger.kept(said["run"])
-    written = card(name, record, said["measured"], said["sha256"]["best.safetensors"])
-    assert written == (DATA / "weights" / name / "README.md").read_text()
+def test_the_card_in_the_repository_is_the_one_that_would_be_written_today(name, monkeypatch):
+    monkeypatch.chdir(DATA.parent)
+    folder, ledger = Path("data/weights") / name, Ledger(DATA, "cpu", use_results=True)
+    said, net = read_json(folder / "record.json"), Classifier.from_pretrained(folder)
+    text = about(ledger.kept(said["run"]), said["measured"], said["sha256"]["model.safetensors"])
+    card = (folder / "README.md").read_text()
+    assert card == str(net.generate_model_card(name=str(folder), about=text))
+    names = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)  # what it says to type
+    assert type(names["net"]) is type(net)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_network_is_as_accurate_as_its_card_says(name, packed):
-    said = json.loads((DATA / "weights" / name / "config.json").read_text())
+def test_a_network_is_as_accurate_as_its_record_says(name, packed):
+    said = read_json(DATA / "weights" / name / "record.json")
     config = said["run"]
     dataset = load_dataset(config["dataset"], packed(config["dataset"]))
     images = averaged(dataset, config["side"]) if config["side"] else dataset
-    found = remeasured(load_weights(name, DATA), images, config)
+    found = remeasured(Classifier.from_pretrained(DATA / "weights" / name), images, config)
     assert len(found["clean"]) == IMAGES
     for metric in ("clean", "pgd20"):
         assert abs(accuracy(found[metric])["accuracy"] - said["measured"][metric]["accuracy"]) <= 0.5
-
-
-def test_outside_a_clone_one_sentence_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="there are no networks in .*data/weights: .* takes as data_dir$"):
-        load_weights("Adv-DPNP-cifar10-small")
-    with pytest.raises(ValueError, match="did you mean 'Adv-DPNP-cifar10-small'"):
-        load_weights("Adv-DPNP-cifar10-smal", DATA)
 
 
 def test_what_is_not_finished_not_ours_or_taken_is_not_published(tmp_path):
@@ -70,13 +63,20 @@ def test_what_is_not_finished_not_ours_or_taken_is_not_published(tmp_path):
         publish(ledger, config, "ours")
     record = ledger.run(config)
     folder = publish(ledger, config, "ours")
-    shutil.copy(ledger.folder(config) / "best.safetensors", folder)
-    with pytest.raises(ValueError, match="its sha256 differs"):
-        load_weights("ours", tmp_path)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors", "record.json"]
+    # stopped after the record was written, it is published by the same call
+    for name in ("README.md", "config.json", "model.safetensors"):
+        (folder / name).unlink()
+    publish(ledger, config, "ours")
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    PrototypeNet("cifar_resnet8", 10).save_pretrained(tmp_path / "weights/mine")
+    with pytest.raises(ValueError, match="mine holds something else than this run"):
+        publish(ledger, config, "mine")
     # a record that another machine made, of weights that are not here
     write_json(tmp_path / "results/table1.quick.json", [record | dict(config=other)])
     ledger.use_results = True
-    with pytest.raises(ValueError, match="holds another run: choose another name"):
+    with pytest.raises(ValueError, match="ours holds something else than this run: choose another name"):
         publish(ledger, other, "ours")
     with pytest.raises(ValueError, match="is of other weights, measured elsewhere"):
         publish(ledger, other, "theirs")

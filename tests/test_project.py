@@ -212,7 +212,7 @@ import advdpnp.prototypes
 heavy = {"sklearn", "scipy", "pandas", "matplotlib", "seaborn"}
 print(sorted(heavy & {*sys.modules}))
 print(all(getattr(advdpnp, name).__name__ == name for name in advdpnp._MODULES if name != "METHODS"))
-print({"PGD", "Trainer", "load_weights", "METHODS"} <= {*dir(advdpnp)}, len(advdpnp.METHODS))
+print({"PGD", "Trainer", "PrototypeNet", "METHODS"} <= {*dir(advdpnp)}, len(advdpnp.METHODS))
 import advdpnp.cli, advdpnp.runs
 print(sorted({"matplotlib", "seaborn"} & {*sys.modules}))
 try:

@@ -22,7 +22,7 @@ from advdpnp.cli import app
 from advdpnp.core import as_text, plain_name, write_json
 from advdpnp.data import load_dataset
 from advdpnp.evaluation import report
-from advdpnp.hub import load_weights, pack, publish
+from advdpnp.hub import pack, publish
 from advdpnp.runs import Ledger, load_checkpoint, make_config
 from advdpnp.tables import markdown, readable
 from advdpnp.training import load_state
@@ -101,9 +101,7 @@ def test_a_state_of_another_network_is_refused(digits, tmp_path):
 
 
 def test_weights_that_are_a_pickle_run_nothing(tmp_path):
-    shutil.copy(GOOD / "config.json", tmp_path)
-    about = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({"run": about["run"]}))
+    shutil.copy(GOOD / "record.json", tmp_path / "config.json")
     for evil in (pickle.dumps(Evil(tmp_path / "evil")), (2**62).to_bytes(8, "little") + b"{}",
                  b"\x02\0\0\0\0\0\0\0{}", b'\x50\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[9999999999],'
                  b'"data_offsets":[0,39999999996]}}      '):
@@ -129,9 +127,9 @@ CHANGES = [  # of a configuration that comes with weights
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: str(change)[:40])
 def test_a_configuration_of_other_kinds_is_refused(tmp_path, change):
-    about = json.loads((GOOD / "config.json").read_text())
+    about = json.loads((GOOD / "record.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({"run": about["run"] | change}))
-    shutil.copy(GOOD / "best.safetensors", tmp_path)
+    shutil.copy(GOOD / "model.safetensors", tmp_path / "best.safetensors")
     with pytest.raises(ValueError) as found:
         load_checkpoint(tmp_path)
     said = str(found.value)
@@ -143,7 +141,7 @@ def test_a_configuration_of_other_kinds_is_refused(tmp_path, change):
                                   '{"a":' * 9])
 def test_a_configuration_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    shutil.copy(GOOD / "best.safetensors", tmp_path)
+    shutil.copy(GOOD / "model.safetensors", tmp_path / "best.safetensors")
     with pytest.raises(ValueError, match="config.json (is damaged|is not of a run)") as found:
         load_checkpoint(tmp_path)
     assert len(str(found.value)) < 1000
@@ -159,8 +157,6 @@ NAMES = ["../../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:\\x", "x\0y"
 def test_no_name_leads_out_of_its_folder(tmp_path, name):
     with pytest.raises(ValueError, match="expected a name of letters"):
         plain_name(name, "name")
-    with pytest.raises(ValueError, match="unknown weights"):
-        load_weights(name, DATA)
     config = make_config("standard", "quick", device="cpu")
     with pytest.raises(ValueError, match="name of the network is .*: expected a name of letters"):
         publish(Ledger(tmp_path, "cpu"), config, name) if name else plain_name(name, "name of the network")

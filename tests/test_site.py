@@ -1,6 +1,8 @@
 "The site: every page opens without an error, on a wide and a narrow screen, and nothing on it is missing or cut off."
 import functools
 import http.server
+import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -128,3 +130,24 @@ def test_no_internal_link_is_dead(looked, site):
 
 def test_search_finds(looked):
     assert looked["search"] >= 3
+
+
+@pytest.mark.parametrize("address, opens", [
+    ("https://github.com/some-one/advdpnp", True), ("https://github.com/some-one/advdpnp.git", True),
+    ("", False), ("https://gitlab.com/some-one/advdpnp", False),  # Colab reads GitHub alone
+])
+def test_pages_open_in_colab_where_the_repository_has_an_address(tmp_path, monkeypatch, address, opens):
+    spec = importlib.util.spec_from_file_location("build", ROOT / "nbs/_site/build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "PAGES", tmp_path)
+    settings = re.sub(r"(?m)^git_url =.*$", f"git_url = {address}", (ROOT / "settings.ini").read_text())
+    (tmp_path / "settings.ini").write_text(settings)
+    for path in (ROOT / "nbs/00_method.ipynb", ROOT / "nbs/table2.ipynb"):
+        build.write_page(path)
+        title, rest = (tmp_path / f"{path.stem}.md").read_text().strip().split("\n", 1)
+        there = f"https://colab.research.google.com/github/some-one/advdpnp/blob/main/nbs/{path.name}"
+        assert title.startswith("# ") and rest.strip().startswith(f"[Open in Colab]({there})") == opens
+        lines = "!git clone --depth 1 --branch main https://github.com/some-one/advdpnp /content/advdpnp"
+        assert (lines in rest) == ("colab" in rest.lower()) == opens

@@ -4,6 +4,7 @@ Pages are written into build/pages as Markdown, then mkdocs makes build/site of 
 become MathML while the site is built, and the theme brings its own style.
 """
 
+import configparser
 import importlib
 import inspect
 import os
@@ -21,6 +22,18 @@ from nbdev.showdoc import BasicMarkdownRenderer
 ROOT = Path(__file__).resolve().parents[2]
 PAGES, SITE = ROOT / "build" / "pages", ROOT / "build" / "site"
 CHAPTERS = {"The method": "[0-5]*", "Measuring": "6*", "Experiments": "7*", "Foundations": "9*"}
+COLAB = """[Open in Colab](https://colab.research.google.com/github/{project}/blob/{branch}/nbs/{page}){{ .md-button }}
+
+<details markdown="1"><summary>What to run first on Colab</summary>
+A page needs the package and the files beside it. Put these lines into a cell of their own, above all others:
+
+```
+!git clone --depth 1 --branch {branch} {address} /content/advdpnp
+%cd /content/advdpnp/nbs
+%pip install --quiet ..
+```
+
+</details>"""  # under the title of a notebook
 OWN_PAGES = ("evaluate_your_model", "cluster", "promises")  # beside the chapters, where they exist
 
 
@@ -55,6 +68,15 @@ def local(match):
     return match[0]
 
 
+def colab(path):
+    "The link that opens a notebook in Colab, which reads GitHub alone; empty while settings.ini has no such git_url."
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    address, branch = settings["DEFAULT"]["git_url"].rstrip("/").removesuffix(".git"), settings["DEFAULT"]["branch"]
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", address)
+    return COLAB.format(project=found[1], branch=branch, page=path.name, address=address) if found else ""
+
+
 def write_page(path):
     "A notebook as a page."
     page = nbformat.read(path, 4)
@@ -69,6 +91,7 @@ def write_page(path):
     body = re.sub(r"\[([^][]*)\]\(\.\./data/(?:results|weights|reported)/?\)", r"\1", body)  # no page shows a folder
     body = re.sub(r"\]\(((?!https?:|#)[^)\s]+)\)", local, body)
     body = re.sub(r"!\[(?:png|svg|jpeg)\]", "![a picture, described beside it]", body)
+    body = re.sub(r"\A\s*# .+\n", lambda title: f"{title[0]}\n{colab(path)}\n", body)
     (PAGES / f"{path.stem}.md").write_text(body)
 
 
