@@ -9,7 +9,7 @@ PYTHON ?= python3
 ONE_THREAD = OMP_NUM_THREADS=1
 README = README.md
 
-.PHONY: table1 numbers benchmark test kill notebooks readme lab docs clean
+.PHONY: table1 numbers benchmark test kill export notebooks readme lab docs clean
 table1: .venv/installed
 	@mkdir -p data/results
 	.venv/bin/papermill nbs/table1.ipynb data/results/table1.ipynb --no-progress-bar --stdout-file - -p preset quick $(ARGS)
@@ -30,9 +30,13 @@ test: .venv/installed
 kill: .venv/installed
 	ADVDPNP_KILLS=$(or $(KILLS),100) $(ONE_THREAD) .venv/bin/python -m pytest -q tests/test_kills.py
 
-# Run the notebooks and keep their outputs, without what only scrolled by and of cells tagged no-output.
-notebooks: .venv/installed
+# The package, and the stubs in which type checkers see methods that are added with @patch.
+export: .venv/installed
 	.venv/bin/nbdev_export
+	.venv/bin/python nbs/_stubs.py
+
+# Run the notebooks and keep their outputs, without what only scrolled by and of cells tagged no-output.
+notebooks: export
 	for nb in $(or $(NB),nbs/[0-9]*.ipynb nbs/figure1.ipynb nbs/table*.ipynb nbs/results.ipynb nbs/promises.ipynb nbs/index.ipynb); do \
 	  $(ONE_THREAD) .venv/bin/jupyter nbconvert --to notebook --inplace --execute $$nb || exit 1; \
 	  .venv/bin/python -c "import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); [c.update(outputs=[o for o in c.outputs if o.get('name') != 'stderr' and 'no-output' not in c.metadata.get('tags', [])]) for c in nb.cells if c.cell_type == 'code']; nbformat.write(nb, sys.argv[1])" $$nb; \

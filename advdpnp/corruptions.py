@@ -434,8 +434,7 @@ def md5_of(
     changed: int,  # when, in nanoseconds
 ) -> str:  # in hexadecimal
     "A file's md5, read once."
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "md5").hexdigest()
+    return hashlib.md5(file.read_bytes()).hexdigest()
 
 # %% ../nbs/66_corruptions.ipynb #185af0b2
 def check_published(

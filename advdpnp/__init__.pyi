@@ -1,0 +1,23 @@
+# Written by nbs/_stubs.py, see CONTRIBUTING.md.
+from .prototypes import PrototypeHead as PrototypeHead
+from .prototypes import PrototypeNet as PrototypeNet
+from .prototypes import LinearNet as LinearNet
+from .losses import positive_alignment as positive_alignment
+from .losses import negative_repulsion as negative_repulsion
+from .losses import consistency as consistency
+from .attacks import ThreatModel as ThreatModel
+from .attacks import FGSM as FGSM
+from .attacks import PGD as PGD
+from .attacks import CW as CW
+from .attacks import PrototypePGD as PrototypePGD
+from .methods import AdvDPNP as AdvDPNP
+from .methods import TRADES as TRADES
+from .methods import METHODS as METHODS
+from .training import Trainer as Trainer
+from .evaluation import evaluate as evaluate
+from .autoattack import AutoAttack as AutoAttack
+from .geometry import discriminability as discriminability
+from .data import Dataset as Dataset
+from .data import load_dataset as load_dataset
+from .hub import load_weights as load_weights
+__version__: str
