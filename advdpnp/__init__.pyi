@@ -19,5 +19,4 @@ from .autoattack import AutoAttack as AutoAttack
 from .geometry import discriminability as discriminability
 from .data import Dataset as Dataset
 from .data import load_dataset as load_dataset
-from .hub import load_weights as load_weights
 __version__: str

@@ -602,7 +602,7 @@ def mean_and_interval(
     mean, half = scores.mean().item(), 1.96 * scores.std().item() / len(scores) ** 0.5
     return dict(mean=mean, low=mean - half, high=mean + half)
 
-# %% ../nbs/66_corruptions.ipynb #3c183bd5
+# %% ../nbs/66_corruptions.ipynb #ee2f1dcb
 def packed_counts(
     counts: torch.Tensor,  # (N,) whole numbers from 0 to 255
 ) -> str:  # in base64
@@ -615,8 +615,8 @@ def counts_in(
 ) -> torch.Tensor:  # (N,): under how many conditions each image is recognised
     "What a record says of single images; a ValueError if it says nothing, or if it is damaged."
     if "counts" not in record:
-        raise ValueError("the record is of an earlier version and says nothing of single images: measure it again to "
-                         "compare it image by image")
+        raise ValueError("the record is of an earlier version and says nothing of single images: measure it "
+                         "again")
     counts = torch.frombuffer(bytearray(base64.b64decode(record["counts"])), dtype=torch.uint8)
     conditions = sum(map(len, record["accuracy"].values()))
     if len(counts) != record["n"] or abs(100 * counts.double().mean() / conditions - record["mean"]) > 1e-6:

@@ -119,7 +119,7 @@ def unpacked(
         raise ValueError(f"there are verdicts of {len(verdicts)} images, expected {n}: the record is damaged")
     return torch.from_numpy(verdicts[:n] == 1)
 
-# %% ../nbs/60_evaluation.ipynb #9dcef88b
+# %% ../nbs/60_evaluation.ipynb #e2b68216
 def verdicts_in(
     record: dict,  # from `evaluate`, or with the metrics `clean` and `worst` themselves
 ) -> dict:  # metric to (N,) bool: whether the model gets an image right
@@ -127,8 +127,7 @@ def verdicts_in(
     metrics = {name: m for name, m in record.get("metrics", record).items() if isinstance(m, dict) and "correct" in m}
     kept = record.get("verdicts")
     if not kept:
-        raise ValueError("the record is of an earlier version and has no verdicts of single images: measure it again "
-                         "to compare it image by image")
+        raise ValueError("the record is of an earlier version and has no verdicts of single images: measure it again")
     kept = kept if isinstance(kept, dict) else dict(zip(metrics, kept.split()))
     verdicts = {name: unpacked(kept.get(name, "")) for name in metrics}
     for name, metric in metrics.items():
