@@ -19,6 +19,7 @@ import torch
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from .attacks import PGD
@@ -216,8 +217,10 @@ def draw_steps(records):
     for ax in axes.flat:
         ax.axvline(last[-1] / 2, color="0.6", ls=":")
         ax.set(xlim=(0, last[-1]))
-    for ax in axes[0]:
-        ax.set(yscale="log")
+    axes[0, 0].set(yscale="log")
+    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].yaxis.set_minor_locator(NullLocator())
     axes[0, 0].set_ylabel("mean cross-entropy")
     axes[1, 0].set_ylabel(f"accuracy (%)\non {images} test images")
     figure.supxlabel("steps of PGD", fontsize=10)
@@ -275,8 +278,9 @@ def draw_images(
     first = np.sort(np.unique(images.y_test, return_index=True)[1])[:count]
     x, y = (torch.from_numpy(array[first]) for array in (images.x_test, images.y_test))
     x, names, times = to_float(x).to(ledger.device), images.class_names, 0.5 / config["eps"]
-    size = 1.1 * (len(records) + 1), 2.75 * len(first)
-    figure, axes = plt.subplots(2 * len(first), len(records) + 1, figsize=size, squeeze=False, layout="constrained")
+    columns, side = len(records) + 1, 1.1 if len(records) > 4 else 1.6  # inches
+    figure, axes = plt.subplots(2 * len(first), columns, figsize=(side * columns, (2 * side + 0.55) * len(first)),
+                                squeeze=False, layout="constrained")
     for place, r in enumerate(records, 1):
         x_adv, seen = attacked_images(ledger.model(r["config"]), r["config"], x, y.to(ledger.device))
         for i, true in enumerate(y):
@@ -288,7 +292,7 @@ def draw_images(
         show_pixels(axes[2 * i, 0], x[i], [("clean:", True), ("attacked:", True)])
         axes[2 * i, 0].set_xlabel(f"true: {names[true]}", fontsize=9)
         axes[2 * i + 1, 0].axis("off")
-        axes[2 * i + 1, 0].text(1, 0.5, f"difference\n× {times:.3g}", ha="right", va="center", fontsize=9)
+        axes[2 * i + 1, 0].text(1, 0.5, f"difference\n× {times:.2g}", ha="right", va="center", fontsize=9)
     return figure
 
 # %% ../nbs/74_plots.ipynb #206e3389
@@ -521,7 +525,7 @@ def draw_rows(
         ax.axvspan(low[0], high[0], color="0.93")
         ax.axvline(accuracy[0], color="0.6", ls=":")
         ax.errorbar(accuracy, np.arange(len(found)), xerr=np.abs([accuracy - low, high - accuracy]),
-                    fmt="o", ms=4, lw=1)
+                    fmt="o", ms=4, lw=1, color="0.2")
         ax.set(xlabel=f"{LABELS[name]} (%)\non {found[0]['n']} test images")
     axes[0].set(yticks=range(len(records)), yticklabels=[r["method"] for r in records])
     axes[0].invert_yaxis()
@@ -621,7 +625,7 @@ def draw_plane(
     centre, axes = corners.mean(0), torch.linalg.qr((corners[1:] - corners[0]).T)[0]
     points, stars = (features - centre) @ axes, (corners - centre) @ axes
     for k, star, look in zip(classes, stars, CLASSES):
-        ax.scatter(*points[labels == k].T, s=10, lw=0, **look)
+        ax.scatter(*points[labels == k].T, s=14, lw=0, **look)
         ax.scatter(*star, color=look["color"], s=200, marker="*", edgecolor="black", zorder=3)
     ax.set(xticks=[], yticks=[], aspect="equal")
 
@@ -634,7 +638,7 @@ def draw_method(
     classes=(1, 5, 8),  # those whose features are shown; the first image of the last one is shown, too
 ):
     "The method: two branches and their gradients, and beside them features and prototypes."
-    with plt.rc_context({"font.size": 12, "axes.titlesize": 12}):
+    with plt.rc_context({"font.size": 10.5, "axes.titlesize": 11}):
         figure, axes = plt.subplot_mosaic("AB;AC", figsize=(10.5, 4.6), width_ratios=(3.1, 1), layout="constrained")
         first = (y == classes[-1]).int().argmax()
         draw_branches(axes["A"], x[first, 0], x_adv[first, 0])
