@@ -218,7 +218,9 @@ def draw_steps(records):
         ax.axvline(last[-1] / 2, color="0.6", ls=":")
         ax.set(xlim=(0, last[-1]))
     axes[0, 0].set(yscale="log")
-    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
+    low, high = axes[0, 0].get_ylim()
+    numbered = (1, 2, 3, 4, 6) if high < 4 * low else (1, 2, 5) if high < 30 * low else (1,)  # of each decade
+    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=numbered))
     axes[0, 0].yaxis.set_major_formatter("{x:g}")
     axes[0, 0].yaxis.set_minor_locator(NullLocator())
     axes[0, 0].set_ylabel("mean cross-entropy")

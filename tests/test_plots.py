@@ -101,6 +101,10 @@ def test_a_picture_is_that_of_its_records_and_can_be_read(path, tmp_path):
     figure.savefig(tmp_path / path.name, dpi=120)
     shrunk = min(1, plots.WIDTH / figure.get_size_inches()[0])
     assert min(text.get_fontsize() for text in visible(figure)) * shrunk >= 8
+    for axis in (axis for ax in figure.axes if ax.axison for axis in (ax.xaxis, ax.yaxis)):
+        upright = (text.get_window_extent() for text in axis.get_ticklabels() if not text.get_rotation())
+        boxes = [box for box in upright if box.width and box.height]
+        assert [box.count_overlaps(boxes) for box in boxes] == [1] * len(boxes)
     axes = " ".join(ax.get_xlabel() + ax.get_ylabel() for ax in figure.axes)
     assert not re.search("standing|rival", axes + figure.get_supxlabel() + figure.get_supylabel())  # words of records
     now, then = (plt.imread(file)[..., :3] for file in (tmp_path / path.name, path))
