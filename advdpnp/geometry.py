@@ -179,7 +179,7 @@ def onto_plane(
     points: np.ndarray,  # (N, d)
     means: np.ndarray,  # (K, d) of classes
 ) -> np.ndarray:  # (N, 2)
-    "Where points are in the plane in which class means differ most, seen from the middle of the means."
+    "Where points are in the plane in which these means differ most, seen from their middle."
     axes = np.linalg.svd(means - means.mean(0), full_matrices=False)[2][:2]
     return (points - means.mean(0)) @ axes.T
 
@@ -191,14 +191,14 @@ def pictures(
     anchored: bool,  # they are prototypes
 ) -> dict:  # lists of numbers, for JSON
     "What `draw_angles`, `draw_features` and `draw_distances` show."
-    states, means = dict(clean=clean.features, attacked=attacked.features), clean.means
+    states, means, three = dict(clean=clean.features, attacked=attacked.features), clean.means, clean.means[:3]
     places, own = (weights, clean.labels) if anchored else (means, clean.place)
     rounded = lambda values: np.round(values, 3).tolist()
     distances = {state: dict(zip(("own", "rival"), map(rounded, own_and_rival(points, places, own))))
                  for state, points in states.items()}
     return dict(cosines=rounded(cosines(weights)), labels=clean.labels.tolist(), anchored=anchored,
-                **{state: rounded(onto_plane(points, means)) for state, points in states.items()},
-                prototypes=rounded(onto_plane(weights, means)), distances=distances)
+                **{state: rounded(onto_plane(points, three)) for state, points in states.items()},
+                prototypes=rounded(onto_plane(weights, three)), distances=distances)
 
 # %% ../nbs/68_geometry.ipynb #826bbceb
 def geometry(

@@ -7,21 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from pages import ROOT, run_page
 
-from advdpnp import plots, tables
+from advdpnp import tables
 from advdpnp.core import read_json
 from advdpnp.evaluation import accuracy, packed, verdicts_in
 
 RESULTS = ROOT / "data/results"
 STEMS = sorted(path.stem for path in RESULTS.glob("table*.json"))
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -210,30 +203,3 @@ def test_several_seeds_count_with_their_mean_and_not_their_best():
 
 def test_equal_accuracies_make_the_front_of_the_better_one():
     assert tables.hull(np.array([[50, 20], [50, 25], [30, 25.0]])).tolist() == [1]
-
-
-# Pictures
-
-
-def test_a_method_has_one_colour_in_every_picture():
-    of = plots.colours(["TRADES", "no alignment"])
-    assert of["TRADES"] == plots.colours([])["TRADES"] and len({*of.values()}) == len(of)
-
-
-def test_no_axis_has_a_word_that_only_records_use():
-    records = read_json(RESULTS / "table1.quick.json")
-    words = [ax.get_xlabel() + ax.get_ylabel() for draw in (plots.draw_training, plots.draw_budget, plots.draw_steps)
-             for ax in draw(records).axes]
-    assert not re.search("stand|rival", " ".join(words))
-
-
-def test_an_image_s_colour_says_whether_its_class_is_right(net, digits):
-    class Kept:
-        device, dataset, model = "cpu", staticmethod(lambda config: digits), staticmethod(lambda config: net.eval())
-
-    config = dict(method="DPNP", eps=0.2, eval_step_size=None)
-    titles = [ax.title for ax in plots.draw_images([dict(method="DPNP", config=config)], Kept, count=8).axes]
-    true = [digits.class_names[y] for y in digits.y_test[:8]]
-    assert [title.get_text() for title in titles[:8]] == true
-    assert [title.get_color() == "black" for title in titles] == [
-        title.get_text() == name for title, name in zip(titles, 2 * true)]
