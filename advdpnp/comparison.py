@@ -131,7 +131,7 @@ def matched(
 class Comparison:
     "Models compared on the same images: a row a pair and metric."
 
-    rows: pd.DataFrame  # metric, a, b, accuracy_a, accuracy_b, images, seeds; what `paired` gives; adjusted: p by `holm`
+    rows: pd.DataFrame  # metric, a, b, their accuracies, images, seeds; what `paired` gives; adjusted: p by `holm`
     notes: list[str] = field(default_factory=list)  # what to know of it
 
 # %% ../nbs/69_comparison.ipynb #69a00032

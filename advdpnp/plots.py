@@ -246,7 +246,7 @@ def attacked_images(
 def show_pixels(
     ax,
     image: torch.Tensor,  # (C, H, W) in [0, 1]
-    above: list = (),  # pairs of lines of text above it, and whether they are right
+    above=(),  # pairs of lines of text above it, and whether they are right
 ):
     "An image, each of its pixels a square, with what a network says about it."
     ax.imshow(image.permute(1, 2, 0).cpu().clamp(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")

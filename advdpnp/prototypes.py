@@ -298,10 +298,11 @@ def settings_of(
 @patch(cls_method=True)
 def from_pretrained(
     cls: Classifier,
-    name,  # a folder, or "user/name" on the Hugging Face hub
+    pretrained_model_name_or_path,  # a folder, or "user/name" on the Hugging Face hub
     **more,  # see `hf_hub_download`: revision, token, cache_dir, local_files_only
 ) -> Classifier:  # on the CPU, in evaluation mode
     "A saved network; a ValueError or FileNotFoundError if there is none, or one of another kind."
+    name = pretrained_model_name_or_path
     config, file = saved_files(name, **more)
     weights = read_weights(file)
     kind, said = settings_of(config, weights)

@@ -16,7 +16,7 @@ import torch
 x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
 {EXAMPLES}
 import advdpnp
-from advdpnp import AutoAttack, Dataset, METHODS, TRADES, discriminability, load_weights
+from advdpnp import AutoAttack, Dataset, METHODS, TRADES, discriminability
 from advdpnp.attacks import ThreatModel
 from advdpnp.evaluation import standard_attacks
 from advdpnp.training import Trainer as FromItsModule
@@ -33,7 +33,7 @@ adversarial: torch.Tensor = attack(net, x, y)
 print(attack.name.upper(), attack.passes + 1, attack.threat.project(adversarial, x), ThreatModel(0.1).eps)
 mine = Dataset("mine", data.x_train, data.y_train, data.x_test, data.y_test, class_names=("a", "b"))
 print(mine.channels + 1, mine.about[0].upper(), mine.sha256, METHODS["TRADES"](beta=3.0), AutoAttack(0.2), TRADES())
-print(advdpnp.__version__, advdpnp.CW(0.1).steps, load_weights("Adv-DPNP-cifar10-small")(x), discriminability)
+print(advdpnp.__version__, advdpnp.CW(0.1).steps, PrototypeNet.from_pretrained("somewhere")(x), discriminability)
 '''
 
 REJECTED = '''
