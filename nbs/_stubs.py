@@ -35,6 +35,9 @@ def function_stub(node):
     node.decorator_list = [d for name, d in found.items() if name in KEPT]
     if "patch" in found and "as_prop=True" in ast.unparse(found["patch"]):
         node.decorator_list.append(ast.Name("property"))
+    if "patch" in found and "cls_method=True" in ast.unparse(found["patch"]):
+        node.decorator_list.append(ast.Name("classmethod"))
+        node.args.args[0].annotation = None
     node.body = [statement("...")]
     return node
 
