@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from advdpnp import saved
 from advdpnp.core import packed_weights, read_weights
 from advdpnp.prototypes import Classifier, LinearNet, PrototypeNet
 
@@ -87,7 +86,7 @@ def test_a_network_is_pushed_to_the_hub_and_comes_back_from_there(tmp_path, monk
 
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
     there = lambda repo_id, filename, **_: str(hub / repo_id / filename)
-    monkeypatch.setattr(saved, "hf_hub_download", there)
+    monkeypatch.setattr("advdpnp.saved.hf_hub_download", there)
     net.push_to_hub("me/mine")
     files = sorted(path.name for path in (hub / "me/mine").iterdir())
     assert files == ["README.md", "config.json", "model.safetensors"]
