@@ -710,7 +710,10 @@ def attack_bar(attack, loader, candidates, done, quiet, title):
 @contextmanager
 def counted(still, bar):
     "Inside, each image that passes through `still` moves the bar."
-    hook = still.register_forward_pre_hook(lambda _, inputs: bar.update(min(len(inputs[0]), bar.total - bar.n)))
+    def count(_, inputs):
+        bar.update(min(len(inputs[0]), bar.total - bar.n))  # says whether it was drawn: a hook must not return that
+
+    hook = still.register_forward_pre_hook(count)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import time
 import warnings
@@ -695,25 +696,26 @@ def _end_epoch(self: Trainer):
 
 # %% ../nbs/50_training.ipynb #875c00fb
 def learns_nothing(
-    robust: list[float],  # held-out robust accuracy after each epoch, per cent
+    first: float,  # held-out robust accuracy after the first epoch, per cent
+    now: float,  # and after some more
     guess: float,  # what guessing gets, per cent
 ) -> bool:
-    "Whether three epochs have taught nothing: below half of guessing, or not above it and hardly rising."
-    first, third = robust[0], robust[2]
-    return third < guess / 2 or third <= guess and third < first + 3
+    "Whether some epochs have taught nothing: below half of guessing, or not above it and hardly rising."
+    return now < guess / 2 or now <= guess and now < first + 3
 
 
 @patch
 def check_learning(self: Trainer):
-    "Raise a RuntimeError if adversarial training has learnt nothing in its first three epochs."
-    lags = self.ema and 3 * len(self.loader) * (1 - self.ema) < 3
-    if self.epoch != 3 or self.criterion != "robust" or self.keep_going or lags:
+    "Raise a RuntimeError if adversarial training has learnt nothing in its first three epochs and fifty steps."
+    early = max(3, math.ceil(50 / len(self.loader)))
+    lags = self.ema and early * len(self.loader) * (1 - self.ema) < 3
+    if self.epoch != early or self.criterion != "robust" or self.keep_going or lags:
         return
-    robust = [line["robust"] for line in self.history]
-    if learns_nothing(robust, 100 / self.dataset.num_classes):
-        raise RuntimeError(f"nothing is learnt: held-out robust accuracy is {robust[0]:.1f}% after epoch 1 and "
-                           f"{robust[2]:.1f}% after epoch 3, guessing gets {100 / self.dataset.num_classes:.1f}%. Look "
-                           f"at the learning rate and the budget; keep_going=True (--keep-going) trains on")
+    first, now, guess = self.history[0]["robust"], self.history[-1]["robust"], 100 / self.dataset.num_classes
+    if learns_nothing(first, now, guess):
+        raise RuntimeError(f"nothing is learnt: held-out robust accuracy is {first:.1f}% after epoch 1 and {now:.1f}% "
+                           f"after epoch {early}, guessing gets {guess:.1f}%. Look at the learning rate and the "
+                           f"budget; keep_going=True (--keep-going) trains on")
 
 # %% ../nbs/50_training.ipynb #8d8d10a4
 @patch
