@@ -9,8 +9,8 @@ __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'M
            'processor', 'provenance', 'forget_peak', 'one_thread', 'network_of', 'check_run', 'run_of',
            'load_checkpoint', 'at_work', 'is_running', 'Ledger', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by',
            'attacked_epoch', 'attacked', 'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features',
-           'tradeoff', 'check_same_images', 'identity', 'seconds_left', 'other_machines', 'status', 'end_with',
-           'do_step', 'in_worker', 'stop_workers', 'share_work']
+           'tradeoff', 'check_same_images', 'identity', 'seconds_left', 'other_machines', 'training_left',
+           'measuring_left', 'status', 'end_with', 'do_step', 'in_worker', 'stop_workers', 'share_work']
 
 # %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
@@ -875,6 +875,32 @@ def run(
         record = self.measure(config, seconds_left(deadline))
     return record
 
+# %% ../nbs/70_runs.ipynb #b60ee16a
+def training_left(
+    folder: Path,  # of a run
+) -> float | None:  # seconds; None: before the end of the first epoch nobody knows
+    "How long the rest of a run's training will take, going by its epochs so far."
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not lines:
+        return None
+    line, epochs = json.loads(lines[-1]), read_json(folder / "config.json", "epochs")["epochs"]
+    since = time.time() - path.stat().st_mtime  # the epoch that is running
+    return max(0.0, line["seconds"] / line["epoch"] * (epochs - line["epoch"]) - since)
+
+
+def measuring_left(
+    folder: Path,  # of a run
+) -> float | None:  # seconds; None: no such run is finished
+    "How long the rest of a run's evaluation will take, going by other runs of its network and preset."
+    like = re.sub(r"^.*?(-[^-]*-[^-]*-s)\d.*", r"*\1*", folder.name)
+    taken = []
+    for path in folder.parent.glob(f"{like}/result.json"):
+        found = read_json(path, "best", "last")
+        taken.append(sum({found[which]["sha256"]: found[which]["seconds"] for which in ("best", "last")}.values()))
+    spent = sum(read_json(path).get("seconds", 0) for path in folder.glob("result-*.json"))
+    return max(0.0, sum(taken) / len(taken) - spent) if taken else None
+
 # %% ../nbs/70_runs.ipynb #0fca63c4
 def status(
     folder: Path,  # of a run
@@ -891,7 +917,10 @@ def status(
             return "damaged", f"{folder / 'result.json'} holds no accuracies: move this file away"
     after = f"after {len(lines.read_bytes().splitlines()) if lines.exists() else 0} epochs"
     if is_running(folder):
-        return "running", after
+        trained = (folder / "trained.json").exists()
+        left = measuring_left(folder) if trained else training_left(folder)
+        said = after + ", measuring" * trained
+        return "running", said if left is None else f"{said}, {left / 60:.0f} min left"
     if error.exists():
         said = error.read_text(encoding="utf-8", errors="replace").strip()
         return "failed", (said or "for reasons unknown").splitlines()[-1]
