@@ -7,8 +7,8 @@ __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'o
            'needed_arguments', 'import_model', 'write_anything', 'plain_errors', 'show', 'say_version', 'main',
            'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks', 'record_path',
            'check_request', 'measure_model', 'write_robustbench', 'evaluate_command', 'run_together', 'train', 'runs',
-           'parse_jobs', 'table', 'publish', 'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end',
-           'run_step', 'work_through', 'numbers', 'doctor']
+           'parse_jobs', 'show_bill', 'table', 'publish', 'run_notebook', 'notebook', 'command_of', 'nothing_to_do',
+           'end', 'run_step', 'work_through', 'tables_of', 'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
 import difflib
@@ -522,7 +522,9 @@ _Methods = Annotated[str, typer.Option(
          "or what the preset has time for.")]
 _Seeds = Annotated[str, typer.Option(
     help="Such as 0,1,2. Default: those three for paper, and for tables 1, 4 and 5 at small; 0 for the others.")]
-_Jobs = Annotated[str, typer.Option(help="Runs side by side, one thread each; auto: one on a GPU, else one a core.")]
+_Jobs = Annotated[str, typer.Option(help="Runs side by side; auto: one on each GPU, else one a core, of one thread.")]
+_Bill = Annotated[bool, typer.Option(
+    "--plan", help="Only say which runs are there and which are missing, and how long those will take: an estimate.")]
 _UseResults = Annotated[bool, typer.Option(
     "--use-results", help="Count runs as finished whose records are in the folder results; train only the others.")]
 
@@ -535,20 +537,40 @@ def parse_jobs(
         raise ValueError(f"--jobs is {text!r}: expected a number of runs, or auto")
     return text if text == "auto" else int(text)
 
+# %% ../nbs/78_cli.ipynb #b019eec1
+def show_bill(
+    tables: list[tuple],  # number, and whatever else `plan_table` takes
+    data_dir: Path,
+    device: str,
+    use_results: bool,
+):
+    "Print what tables cost."
+    from advdpnp.cluster import bill, bill_text
+    from advdpnp.runs import Ledger
+    from advdpnp.tables import plan_table
+
+    ledger = Ledger(data_dir, device, quiet=True, use_results=use_results)
+    plans = [plan_table(*given, device=device) for given in tables]
+    show(bill_text(bill(ledger, [(c, plan.kind) for plan in plans for c in plan.asked.values()]), ledger.device))
+
 # %% ../nbs/78_cli.ipynb #f81a77c3
 @app.command(epilog=examples(
     "advdpnp table 1 --preset quick",
+    "advdpnp table 2 --preset paper --plan",
     "advdpnp table 2 --preset fast --time-limit 9m",
     'advdpnp table 3 --dataset svhn10k --preset small --methods "TRADES, Adv-DPNP" --seeds 0,1,2 --jobs 2'))
 def table(
     number: _Number, preset: _Preset = "auto", dataset: _OtherData = "", methods: _Methods = "",
     seeds: _Seeds = "auto", time_limit: _TimeLimit = None, jobs: _Jobs = "auto", use_results: _UseResults = False,
     keep_going: _KeepGoing = False, device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
+    plan: _Bill = False,
 ):
     "Train and measure what a table lacks, and write it; what is left is listed, and the same command goes on."
     with plain_errors():
         from advdpnp.tables import make_table
 
+        if plan:
+            return show_bill([(number, preset, dataset, methods, seeds)], data_dir, device, use_results)
         limit = parse_time(time_limit) if time_limit else None
         made = make_table(number, preset, dataset, methods, seeds, limit, device, data_dir, parse_jobs(jobs), quiet,
                           use_results, keep_going)
@@ -705,9 +727,24 @@ _Pack = Annotated[Optional[Path], typer.Option(
     help="Put records, tables and half-precision weights into this folder in the end, in pieces of a tar archive.")]
 _Show = Annotated[bool, typer.Option("--show", help="Only say what would be done.")]
 
+
+def tables_of(
+    plan: list[list],  # steps
+    preset: str,
+) -> list[tuple]:  # for `show_bill`
+    "The tables of a plan."
+    tables = []
+    for word, *more in plan:
+        if word == "table":
+            options = dict(zip((name.removeprefix("--") for name in more[1::2]), more[2::2]))
+            tables.append((more[0], preset, *(options.get(*o) for o in (
+                ("dataset", ""), ("methods", ""), ("seeds", "auto")))))
+    return tables
+
 # %% ../nbs/78_cli.ipynb #584aff6a
 @app.command(epilog=examples("advdpnp numbers small --show", "advdpnp numbers fast --minutes 9 --pack ~/taken"))
-def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _Pack = None):
+def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _Pack = None, bill: _Bill = False,
+            device: _Device = "auto"):
     "Make all numbers of a preset, in the root folder of a clone; the same command goes on where it stopped."
     with plain_errors():
         from advdpnp.runs import PLANS
@@ -715,6 +752,10 @@ def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _
         plan = PLANS[one_of(preset, PLANS, "preset")]
         if show:
             return typer.echo("\n".join(" ".join(map(str, step)) for step in plan))
+        if bill:
+            show_bill(tables_of(plan, preset), Path("data"), device, use_results=True)
+            more = [" ".join(map(str, step)) for step in plan if step[0] not in ("table", "chosen")]
+            return typer.echo(f"not counted: {'; '.join(more)}" if more else "")
         if not Path("nbs/figure1.ipynb").exists():
             raise ValueError(f"there is no nbs/figure1.ipynb in {os.getcwd()}: expected the root folder of a clone")
         failed = []

@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'M
            'load_checkpoint', 'at_work', 'is_running', 'Ledger', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by',
            'attacked_epoch', 'attacked', 'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features',
            'tradeoff', 'check_same_images', 'identity', 'seconds_left', 'other_machines', 'training_left',
-           'measuring_left', 'status', 'end_with', 'do_step', 'in_worker', 'stop_workers', 'share_work']
+           'measuring_left', 'status', 'cards', 'end_with', 'do_step', 'in_worker', 'Workers', 'share_work']
 
 # %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
@@ -26,6 +26,7 @@ import subprocess
 import threading
 import time
 import traceback
+from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -36,7 +37,7 @@ import timm
 import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from joblib.externals.loky import as_completed, get_reusable_executor, wait
+from joblib.externals.loky import FIRST_COMPLETED, BrokenProcessPool, ProcessPoolExecutor, wait
 
 import advdpnp
 from .attacks import PGD, ThreatModel, correct, robust_to
@@ -929,6 +930,15 @@ def status(
         return "trained", f"measured: {', '.join(kinds)}" if kinds else "not measured"
     return ("interrupted", after) if (folder / "config.json").exists() else ("missing", "")
 
+# %% ../nbs/70_runs.ipynb #d92febac
+def cards(device: torch.device) -> list[str]:  # empty on a CPU
+    "The GPUs that runs may use, each as `CUDA_VISIBLE_DEVICES` says it: all that are visible, or the one that is named."
+    if device.type != "cuda":
+        return []
+    count, said = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in said.split(",")] if said else [str(number) for number in range(count)]
+    return names[:count] if device.index is None else [names[device.index]]
+
 # %% ../nbs/70_runs.ipynb #36f693f6
 _HERE = dict(busy=False, stopped=False)  # in a worker: whether it has work, and whether it was asked to stop
 
@@ -972,46 +982,106 @@ def in_worker(*arguments):
     finally:
         _HERE["busy"] = False
 
-# %% ../nbs/70_runs.ipynb #aee69a3d
-def stop_workers(
-    workers,  # an executor of loky
-    tasks: list,  # its futures
-    patience: float = 60.0,  # seconds to save in
-):
-    "Ask workers to save what they train, and end them."
+# %% ../nbs/70_runs.ipynb #1a77f411
+class Workers:
+    "Processes that do pieces of work side by side."
+
+    patience = 60.0  # seconds that they have to save what they train
+
+    def __init__(
+        self,
+        jobs: int,  # how many
+        cards: list[str] = (),  # from `cards`: dealt out in turn, so that several may share one; empty: none
+    ):
+        self.jobs, self.cards, self.processes = jobs, cards, {}
+
+    def submit(self, slot, function, arguments):
+        "Give a worker a piece of work; it is started if it is not there."
+        if slot not in self.processes:
+            env = {"CUDA_VISIBLE_DEVICES": self.cards[slot % len(self.cards)]} if self.cards else None
+            self.processes[slot] = ProcessPoolExecutor(1, initializer=end_with, initargs=(os.getpid(),), env=env)
+        try:
+            return self.processes[slot].submit(function, *arguments)
+        except BrokenProcessPool:  # it has died while it had nothing to do
+            self.end(slot)
+            return self.submit(slot, function, arguments)
+
+    def end(self, slot):
+        "End a worker."
+        self.processes.pop(slot).shutdown(kill_workers=True)
+
+# %% ../nbs/70_runs.ipynb #c2bf2522
+@patch
+def do(
+    self: Workers,
+    function,
+    work: list[tuple],  # its arguments
+) -> list[BaseException]:  # the errors of the pieces that failed
+    "Do pieces of work, each once."
+    left, free, running, errors = deque((piece, 1) for piece in work), deque(range(self.jobs)), {}, []
     try:
-        for pid in [*workers._processes]:
-            os.kill(pid, signal.SIGTERM)
-        wait([task for task in tasks if not task.cancel()], patience)
+        while left or running:
+            while left and free:
+                slot, (piece, tries) = free.popleft(), left.popleft()
+                running[self.submit(slot, function, piece)] = slot, piece, tries
+            for task in wait(running, return_when=FIRST_COMPLETED)[0]:
+                slot, piece, tries = running.pop(task)
+                error = task.exception()
+                died = isinstance(error, BrokenProcessPool)
+                if died:
+                    self.end(slot)
+                if died and tries < 3:
+                    left.append((piece, tries + 1))
+                elif error:
+                    errors.append(error)
+                free.append(slot)
+    except BaseException:  # interrupted: each run goes on next time
+        self.stop([*running])
+        raise
+    return errors
+
+
+@patch
+def stop(self: Workers, tasks: list):  # that are running
+    "Ask all to save what they train, and end them."
+    try:
+        for worker in self.processes.values():
+            for pid in [*worker._processes]:
+                os.kill(pid, signal.SIGTERM)
+        wait(tasks, self.patience)  # not cancelled: loky then forgets to end its processes
     finally:
-        workers.shutdown(kill_workers=True)
+        self.__exit__()
+
+
+@patch
+def __enter__(self: Workers):
+    return self
+
+
+@patch
+def __exit__(self: Workers, *error):
+    "End all."
+    for slot in [*self.processes]:
+        self.end(slot)
 
 # %% ../nbs/70_runs.ipynb #92859c15
 def share_work(
     ledger: Ledger,
     step: str,  # "train", or one of `RECORDS`
     configs: list[dict],
-    jobs: int,  # at once
+    workers: Workers,
     deadline: float | None,  # a `time.monotonic()`
 ) -> list[Exception]:  # the errors of those that failed
     "Do a step of several runs."
-    how = ledger.data_dir, ledger.device, ledger.quiet, ledger.keep_going, step
-    work = [(*how, config, deadline) for config in configs]
-    jobs, errors = min(jobs, len(work)), []
-    if jobs <= 1 and ledger.device.type == "cpu":
-        for arguments in work:
-            try:
-                do_step(*arguments)
-            except Exception as error:
-                errors.append(error)
-    elif work:
-        workers, tasks = get_reusable_executor(jobs, initializer=end_with, initargs=(os.getpid(),)), []
+    how = ledger.data_dir, ledger.device.type, ledger.quiet, ledger.keep_going, step
+    work, errors = [(*how, config, deadline) for config in configs], []
+    if workers.jobs > 1 and len(work) > 1 or workers.cards:
+        return workers.do(in_worker, work)
+    for arguments in work:
         try:
-            tasks = [workers.submit(in_worker, *arguments) for arguments in work]
-            errors = [error for one in as_completed(tasks) if (error := one.exception())]
-        except BaseException:  # interrupted: each run goes on next time
-            stop_workers(workers, tasks)
-            raise
+            do_step(*arguments)
+        except Exception as error:
+            errors.append(error)
     return errors
 
 # %% ../nbs/70_runs.ipynb #83b82309
@@ -1034,7 +1104,7 @@ def missing(
 def run_all(
     self: Ledger,
     configs: list[dict],
-    jobs: int | str = "auto",  # runs side by side, one thread each; "auto": one on a GPU, else one a core
+    jobs: int | str = "auto",  # runs side by side, one thread each; "auto": one on each GPU, else one a core
     time_limit: float | None = None,  # seconds for all of them together
     kind: str = "result",  # one of `RECORDS`
 ) -> list[dict | None]:  # their records in order; None where time ran out
@@ -1043,12 +1113,13 @@ def run_all(
     missing = self.missing(configs, kind) if time_limit is None or time_limit > 0 else []
     for config in missing:  # downloaded or made once, and not by every worker
         self.corrupted(config) if kind == "corruptions" else self.dataset(config)
-    if jobs == "auto":
-        jobs = 1 if self.device.type == "cuda" else cores()
-    for step in ("train", kind):  # measured when all are trained: an undefended network may be among them
-        left = [config for config in missing if self.trained(config) == (step == kind)
-                and (step == "train" or self.result(config, kind) is None)]
-        errors += share_work(self, step, left, jobs, deadline)
+    gpus = cards(self.device)
+    jobs = (len(gpus) or cores()) if jobs == "auto" else jobs
+    with Workers(min(jobs, len(missing)), gpus) as workers:
+        for step in ("train", kind):  # measured when all are trained: an undefended network may be among them
+            left = [config for config in missing if self.trained(config) == (step == kind)
+                    and (step == "train" or self.result(config, kind) is None)]
+            errors += share_work(self, step, left, workers, deadline)
     if errors:
         raise errors[0]
     records = [self.result(config, kind) for config in configs]
