@@ -497,13 +497,20 @@ def train(
         show(report(record["best"]))
 
 # %% ../nbs/78_cli.ipynb #203cc65f
+_Cancel = Annotated[bool, typer.Option("--cancel", help="End the jobs of SLURM that have runs of this folder.")]
+
+
 @app.command(epilog=examples("advdpnp runs --data-dir data"))
-def runs(data_dir: _DataDir = Path("data")):
-    "List the runs of a folder: finished, trained, running, interrupted or failed, and how far they are."
+def runs(data_dir: _DataDir = Path("data"), cancel: _Cancel = False):
+    "List the runs of a folder: finished, trained, running, queued, interrupted or failed, and how far they are."
     with plain_errors():
+        from advdpnp.cluster import cancel as cancel_jobs
         from advdpnp.runs import status
 
-        folders = sorted(path.parent for path in (data_dir / "runs").glob("*/*/config.json"))
+        if cancel:
+            return typer.echo(f"jobs ended: {', '.join(cancel_jobs(data_dir)) or 'none'}")
+        found = [path for name in ("config.json", "job-*-1.json") for path in (data_dir / "runs").glob(f"*/*/{name}")]
+        folders = sorted({path.parent for path in found})
         lines = [(str(folder.relative_to(data_dir / "runs")), *status(folder)) for folder in folders]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
@@ -523,6 +530,11 @@ _Methods = Annotated[str, typer.Option(
 _Seeds = Annotated[str, typer.Option(
     help="Such as 0,1,2. Default: those three for paper, and for tables 1, 4 and 5 at small; 0 for the others.")]
 _Jobs = Annotated[str, typer.Option(help="Runs side by side; auto: one on each GPU, else one a core, of one thread.")]
+_Cluster = Annotated[str, typer.Option(help="slurm: do it in jobs there, and wait for them. Default: here.")]
+_SlurmOptions = Annotated[Optional[list[str]], typer.Option(
+    "--slurm", help="Of the jobs, such as partition=gpu or gpus_per_node=1 or timeout_min=120; may be given again.")]
+_AtOnce = Annotated[int, typer.Option(help="So many jobs at the same time.", min=1)]
+_NoWait = Annotated[bool, typer.Option("--no-wait", help="Return when the jobs are submitted.")]
 _Bill = Annotated[bool, typer.Option(
     "--plan", help="Only say which runs are there and which are missing, and how long those will take: an estimate.")]
 _UseResults = Annotated[bool, typer.Option(
@@ -558,22 +570,25 @@ def show_bill(
     "advdpnp table 1 --preset quick",
     "advdpnp table 2 --preset paper --plan",
     "advdpnp table 2 --preset fast --time-limit 9m",
-    'advdpnp table 3 --dataset svhn10k --preset small --methods "TRADES, Adv-DPNP" --seeds 0,1,2 --jobs 2'))
+    'advdpnp table 3 --dataset svhn10k --preset small --methods "TRADES, Adv-DPNP" --seeds 0,1,2 --jobs 2',
+    "advdpnp table 2 --preset paper --cluster slurm --slurm partition=gpu --slurm gpus_per_node=1"))
 def table(
     number: _Number, preset: _Preset = "auto", dataset: _OtherData = "", methods: _Methods = "",
     seeds: _Seeds = "auto", time_limit: _TimeLimit = None, jobs: _Jobs = "auto", use_results: _UseResults = False,
     keep_going: _KeepGoing = False, device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
-    plan: _Bill = False,
+    plan: _Bill = False, cluster: _Cluster = "", slurm: _SlurmOptions = None, at_once: _AtOnce = 256,
+    no_wait: _NoWait = False,
 ):
     "Train and measure what a table lacks, and write it; what is left is listed, and the same command goes on."
     with plain_errors():
+        from advdpnp.cluster import as_cluster
         from advdpnp.tables import make_table
 
         if plan:
             return show_bill([(number, preset, dataset, methods, seeds)], data_dir, device, use_results)
         limit = parse_time(time_limit) if time_limit else None
         made = make_table(number, preset, dataset, methods, seeds, limit, device, data_dir, parse_jobs(jobs), quiet,
-                          use_results, keep_going)
+                          use_results, keep_going, as_cluster(cluster, slurm or "", at_once, not no_wait))
     if made.files:
         show(made.files[-1].read_text(encoding="utf-8"))
     for line in made.left:

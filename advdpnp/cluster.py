@@ -4,18 +4,27 @@
 
 # %% auto #0
 __all__ = ['device_name', 'seconds_of', 'records_on', 'usual_seconds', 'Item', 'item_of', 'bill', 'wall_seconds', 'as_hours',
-           'bill_text']
+           'bill_text', 'parse_slurm', 'Slurm', 'as_cluster', 'stops_in_time', 'at_home', 'Task', 'submit',
+           'jobs_that_have', 'is_done', 'look', 'wait_for', 'last_lines', 'failure', 'run_on', 'cancel']
 
-# %% ../nbs/71_cluster.ipynb #dca8902e
+# %% ../nbs/71_cluster.ipynb #ce8a2c27
+import os
+import shutil
+import signal
 import statistics
-from dataclasses import dataclass
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 
-from .core import read_json
-from .runs import RESULTS, Ledger, status, title
+from .core import close_bar, one_of, pick_device, progress_bar, read_json, write_json
+from .runs import RECORDS, RESULTS, Ledger, called, claim, claims, do_step, owner, queue, status, this_job
+from .runs import title, usual_settings
 
 # %% ../nbs/71_cluster.ipynb #8d264936
 def device_name(device: torch.device) -> str:
@@ -141,3 +150,274 @@ def bill_text(
     times = ", ".join(f"{as_hours(wall_seconds(known, n))} on {n}" for n in (1, 8, 64))
     return "\n".join([*lines, "", f"An estimate, from records of {device_name(device)}: {total('training')} of "
                                   f"training, {total('measuring')} of measuring. That takes {times} of it."])
+
+# %% ../nbs/71_cluster.ipynb #77d7d5c4
+_GENERAL = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes", "stderr_to_stdout")
+
+
+def parse_slurm(
+    texts,  # "partition=gpu, timeout_min=120", or several such
+) -> dict:  # what `submitit.AutoExecutor.update_parameters` takes
+    "Parameters of jobs; a ValueError names one that submitit does not know."
+    from submitit.slurm.slurm import SlurmExecutor
+
+    texts, found = [texts] if isinstance(texts, str) else texts, {}
+    for text in filter(None, (part.strip() for text in texts for part in text.split(","))):
+        key, equals, value = (word.strip() for word in text.partition("="))
+        if not equals or not value:
+            raise ValueError(f"slurm is {text!r}: expected name=value, such as partition=gpu")
+        known = {*_GENERAL, *SlurmExecutor._valid_parameters()} - {"time", "additional_parameters", "dependency"}
+        one_of(key, sorted(known), "parameter of SLURM")
+        found[key if key in _GENERAL else f"slurm_{key}"] = int(value) if value.isdecimal() else value
+    return found
+
+# %% ../nbs/71_cluster.ipynb #7743c86d
+@dataclass(frozen=True)
+class Slurm:
+    "How runs become jobs."
+
+    parameters: dict = field(default_factory=dict)  # from `parse_slurm`
+    at_once: int = 256  # jobs that run at the same time
+    wait: bool = True  # until they are done; False: return when they are submitted
+
+    def executor(
+        self,
+        folder: Path,  # of logs
+        after: list[str] = (),  # ids of jobs that must have ended
+    ):
+        "What submits jobs, in submitit."
+        import submitit
+
+        executor = submitit.AutoExecutor(folder=folder.absolute(), cluster="slurm", slurm_max_num_timeout=10_000)
+        more = {"requeue": True}
+        if bases := sorted({name.partition("_")[0] for name in after}):
+            more["dependency"] = ":".join(["afterany", *bases])
+        executor.update_parameters(**dict(name="advdpnp", timeout_min=120, cpus_per_task=1) | self.parameters,
+                                   slurm_array_parallelism=self.at_once, slurm_additional_parameters=more)
+        return executor
+
+
+def as_cluster(cluster: str, slurm="", at_once: int = 256, wait: bool = True) -> Slurm | None:
+    "Where runs are to be done: None for this machine; a ValueError if the cluster is not to be had."
+    if not cluster:
+        if slurm:
+            raise ValueError(f"slurm is {slurm!r}, but cluster is empty: expected cluster slurm with it")
+        return None
+    one_of(cluster, ["slurm"], "cluster")
+    try:
+        import submitit  # noqa: F401
+    except ImportError as error:
+        raise ValueError("SLURM needs submitit: pip install 'advdpnp[cluster]'") from error
+    if not shutil.which("sbatch") or not shutil.which("squeue"):
+        raise ValueError("there is no SLURM here: expected a machine with sbatch, from which jobs are submitted")
+    return Slurm(parse_slurm(slurm), at_once, wait)
+
+# %% ../nbs/71_cluster.ipynb #31f72190
+@contextmanager
+def stops_in_time():
+    "Inside, signals of SLURM let a run save and stop; then the process ends."
+    usual, came = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}, []
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    def time_is_up(number, frame):
+        came.append(number)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGUSR2, time_is_up)
+    try:
+        yield
+    except KeyboardInterrupt:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        if came:
+            usual[signal.SIGUSR2](signal.SIGUSR2, None)  # of submitit: back into the queue
+        raise SystemExit(143) from None
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+# %% ../nbs/71_cluster.ipynb #f1db269d
+def at_home(config: dict, device: torch.device) -> dict:
+    "The configuration with the precision that this device would be given."
+    if "precision" in config["changes"]:
+        return config
+    usual = usual_settings(config["method"], config["preset"], called(config["dataset"]), device)
+    return config | dict(precision=usual["precision"])
+
+
+class Task:
+    "A step of a run, as a job does it. It has no state: the run's folder has."
+
+    def __call__(self, path, data_dir, device, keep_going, step, config):
+        "Do a step whose claim is the file `path`, unless a later claim has been made."
+        job = read_json(path) if path.stat().st_size else {}
+        if claims(path.parent, step)[-1] != path or "ended" in job:
+            return print(f"{path} is not the last claim, or given up: another job has this step")
+        place = pick_device(device)
+        torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", 1)))
+        about = dict(log=f"{data_dir}/jobs/{this_job()}_0_log.err") | job | dict(id=this_job())
+        write_json(path, about)
+        try:
+            with stops_in_time():
+                do_step(data_dir, place, False, keep_going, step, at_home(config, place), None)
+        except Exception as error:
+            write_json(path, about | dict(ended=f"{type(error).__name__}: {error}"))
+            raise
+        write_json(path, about | dict(ended="done"))
+
+    def checkpoint(self, *arguments):
+        "What submitit puts back into the queue."
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *arguments)
+
+# %% ../nbs/71_cluster.ipynb #dc5e440e
+def submit(
+    ledger: Ledger,
+    cluster: Slurm,
+    device: str,  # of the jobs: auto, cpu, cuda
+    step: str,  # "train", or one of `RECORDS`
+    configs: list[dict],
+    after: list[str] = (),  # ids of jobs that must have ended
+) -> list[str]:  # ids
+    "Submit a step of several runs, as an array: those that no job has."
+    taken = [(path, config) for config in configs if (path := claim(ledger.folder(config), step))]
+    if not taken:
+        return []
+    data_dir, jobs = ledger.data_dir.absolute(), []
+    calls = [(path.absolute(), data_dir, device, ledger.keep_going, step, config) for path, config in taken]
+    try:
+        jobs = cluster.executor(data_dir / "jobs", after).map_array(Task(), *zip(*calls))
+    finally:
+        for i, (path, _) in enumerate(taken):
+            about = dict(id=jobs[i].job_id, log=str(jobs[i].paths.stderr)) if jobs else dict(ended="not submitted")
+            if not path.stat().st_size:  # a job that has begun has written this itself
+                write_json(path, about)
+    return [job.job_id for job in jobs]
+
+
+def jobs_that_have(
+    ledger: Ledger,
+    step: str,
+    configs: list[dict],
+) -> list[str]:  # ids
+    "The jobs of a step of several runs, this command's and others'; what is being submitted is waited for."
+    while True:
+        found = [job for config in configs if (job := owner(ledger.folder(config), step))]
+        if all(job["id"] for job in found):
+            return [job["id"] for job in found]
+        time.sleep(0.5)
+
+# %% ../nbs/71_cluster.ipynb #271fe73d
+def is_done(ledger: Ledger, step: str, config: dict) -> bool:
+    "Whether a step of a run is done."
+    return (ledger.folder(config) / ("trained.json" if step == "train" else f"{step}.json")).exists()
+
+
+def look(
+    ledger: Ledger,
+    work: list[tuple[str, dict]],  # steps and configurations
+) -> tuple[dict, list]:  # how many are done, queued, running; those that no job has any more
+    "What has become of the jobs."
+    counts, lost = dict(done=0, queued=0, running=0), []
+    for step, config in work:
+        job = owner(ledger.folder(config), step)
+        if is_done(ledger, step, config):
+            counts["done"] += 1
+        elif job:
+            counts["running" if job["node"] else "queued"] += 1
+        else:
+            lost.append((step, config))
+    return counts, lost
+
+# %% ../nbs/71_cluster.ipynb #f632fc37
+def wait_for(
+    ledger: Ledger,
+    work: list[tuple[str, dict]],  # steps and configurations
+    time_limit: float | None = None,  # seconds; None: until all are done or lost
+) -> list:  # steps and configurations that no job has any more, and that are not done
+    "Show what becomes of jobs, until there are none. Ctrl-C leaves them as they are."
+    began, bar = time.monotonic(), progress_bar(len(work), "jobs", quiet=ledger.quiet)
+    bar.miniters, bar.dynamic_miniters = 0, False
+    try:
+        while True:
+            counts, lost = look(ledger, work)
+            said = ", ".join(f"{count} {word}" for word, count in (counts | dict(lost=len(lost))).items() if count)
+            bar.set_postfix_str(f" {said}", refresh=False)
+            bar.update(counts["done"] - bar.n)
+            seconds = time.monotonic() - began
+            if not counts["queued"] + counts["running"] or time_limit is not None and seconds > time_limit:
+                close_bar(bar, f" {said}")
+                return lost
+            time.sleep(min(10, 1 + seconds / 30))
+    except KeyboardInterrupt:
+        bar.close()
+        print("the jobs go on: advdpnp runs shows them, advdpnp runs --cancel ends them", file=sys.stderr)
+        raise
+
+# %% ../nbs/71_cluster.ipynb #10aacfcf
+def last_lines(path: Path, count: int = 3) -> str:
+    "The last lines of a log, as one."
+    with suppress(OSError):
+        lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        return " | ".join(lines[-count:])
+    return ""
+
+
+def failure(ledger: Ledger, step: str, config: dict) -> RuntimeError:
+    "What became of a job that is no more."
+    path = claims(ledger.folder(config), step)[-1]
+    job = read_json(path) if path.stat().st_size else {}
+    ask = ["squeue", "--noheader", "--states=all", f"--jobs={job.get('id')}", "--format=%T"]
+    with suppress(OSError, subprocess.SubprocessError):
+        job.setdefault("state", subprocess.run(ask, capture_output=True, text=True, timeout=60).stdout.strip())
+    what = job.get("ended") or job.get("state") or "it is no more"
+    what = "it ended without its run" if what == "done" else what
+    log = Path(job.get("log", ""))
+    name = f"{title(config)} ({step}), job {job.get('id', 'never submitted')}"
+    return RuntimeError(f"{name}: {what}; its log {log} ends: {last_lines(log)}")
+
+# %% ../nbs/71_cluster.ipynb #1029edda
+def run_on(
+    cluster: Slurm,
+    ledger: Ledger,
+    device: str,  # of the jobs: auto, cpu, cuda
+    configs: list[dict],
+    time_limit: float | None = None,  # seconds to wait for the jobs; they go on
+    kind: str = "result",  # one of `RECORDS`
+):
+    "`Ledger.run_all`, with jobs: what is missing is submitted, training first, and measuring when that has ended."
+    missing = ledger.missing(configs, kind)
+    for config in missing:  # downloaded or made once, and not by every job
+        ledger.check(config)
+        ledger.corrupted(config) if kind == "corruptions" else ledger.dataset(config)
+    steps = {"train": [config for config in missing if not ledger.trained(config)],
+             kind: [config for config in missing if ledger.result(config, kind) is None]}
+    after = []
+    for step, wanted in steps.items():
+        made = submit(ledger, cluster, device, step, wanted, after)
+        after = jobs_that_have(ledger, step, wanted)
+        if wanted and not ledger.quiet:
+            number = f" as job {made[0].partition('_')[0]}" if made else ""
+            print(f"{step}: {len(made)} runs submitted{number}, {len(wanted) - len(made)} have a job already; logs in "
+                  f"{ledger.data_dir / 'jobs'}", file=sys.stderr)
+    if cluster.wait:
+        work = [(step, config) for step, wanted in steps.items() for config in wanted]
+        lost = wait_for(ledger, work, time_limit)
+        untrained = [config for step, config in lost if step == "train"]
+        lost = [(step, config) for step, config in lost if step == "train" or config not in untrained]
+        if lost:
+            raise RuntimeError(" || ".join(str(failure(ledger, *one)) for one in lost))
+
+# %% ../nbs/71_cluster.ipynb #40c430e4
+def cancel(data_dir: Path) -> list[str]:  # ids
+    "End the jobs that have runs of a folder; what they have done stays."
+    found = {path.parent for path in (Path(data_dir) / "runs").glob("*/*/job-*-*.json")}
+    ids = [job["id"] for folder in sorted(found) for step in ("train", *RECORDS) if (job := owner(folder, step))]
+    ids = [name for name in ids if name]
+    if ids:
+        subprocess.run(["scancel", *ids], check=True)
+    return ids
