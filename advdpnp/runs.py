@@ -442,13 +442,15 @@ def load_checkpoint(
         raise ValueError(f"{path} is damaged or of another network ({reason}): get this file anew, or move "
                          f"{path.parent} away and train again") from error
 
-# %% ../nbs/70_runs.ipynb #45c7a370
+# %% ../nbs/70_runs.ipynb #716ecc99
 _QUEUE = dict(at=-1e9, jobs=None)  # what SLURM said last, and when
 
 
-def queue() -> dict[str, tuple[str, str]] | None:  # id to state and node
-    "The jobs that wait or run on this cluster; None if SLURM does not answer. It is asked once a second at most."
-    if time.monotonic() - _QUEUE["at"] > 1:
+def queue(
+    now: bool = False,  # ask in any case; False: once a second at most
+) -> dict[str, tuple[str, str]] | None:  # id to state and node
+    "The jobs that wait or run on this cluster; None if SLURM does not answer."
+    if now or time.monotonic() - _QUEUE["at"] > 1:
         try:
             said = subprocess.run(["squeue", "--noheader", "--array", "--format=%i|%T|%N"], capture_output=True,
                                   text=True, timeout=60, check=True).stdout
@@ -464,7 +466,7 @@ def this_job() -> str | None:
     array, task = (os.environ.get(f"SLURM_ARRAY_{word}_ID") for word in ("JOB", "TASK"))
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
-# %% ../nbs/70_runs.ipynb #79ea6dfd
+# %% ../nbs/70_runs.ipynb #7d8af5d3
 FRESH = 60.0  # seconds
 
 
@@ -482,12 +484,14 @@ def owner(
         job = read_json(path) if path.stat().st_size else {}
         if "ended" in job:
             return None
+        fresh = time.time() - path.stat().st_mtime < FRESH
         if "id" not in job:
-            fresh = time.time() - path.stat().st_mtime < FRESH
             return dict(id="", state="SUBMITTING", node="") if fresh else None
         if job["id"] == this_job():
             return job | dict(state="RUNNING", node=platform.node())
         jobs = queue()
+        if fresh and jobs is not None and job["id"] not in jobs:  # submitted after SLURM was asked
+            jobs = queue(now=True)
         if jobs is None:  # who knows: it may be there
             return job | dict(state="UNKNOWN", node="")
         if job["id"] in jobs:
@@ -987,14 +991,14 @@ def status(
             return "damaged", f"{folder / 'result.json'} holds no accuracies: move this file away"
     after = f"after {len(lines.read_bytes().splitlines()) if lines.exists() else 0} epochs"
     jobs = [job for step in ("train", *RECORDS) if (job := owner(folder, step))]
-    at = ", ".join(f"job {job['id']}{job['node'] and ' on '}{job['node']}" for job in jobs)
+    at = ", ".join(f"job {job['id']}{job['node'] and ' on '}{job['node']}" for job in jobs if job["id"])
     if is_running(folder) or any(job["node"] for job in jobs):
         trained = (folder / "trained.json").exists()
         left = measuring_left(folder) if trained else training_left(folder)
         said = after + ", measuring" * trained
         return "running", ", ".join(filter(None, (said, "" if left is None else f"{left / 60:.0f} min left", at)))
     if jobs:
-        return "queued", f"{after}, {at}"
+        return "queued", ", ".join(filter(None, (after, at)))
     if error.exists():
         said = error.read_text(encoding="utf-8", errors="replace").strip()
         return "failed", (said or "for reasons unknown").splitlines()[-1]
