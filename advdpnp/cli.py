@@ -6,9 +6,10 @@
 __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'others_code', 'import_place', 'find_function',
            'needed_arguments', 'import_model', 'write_anything', 'plain_errors', 'show', 'say_version', 'main',
            'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks', 'record_path',
-           'check_request', 'measure_model', 'write_robustbench', 'evaluate_command', 'run_together', 'train', 'runs',
-           'parse_jobs', 'show_bill', 'table', 'publish', 'run_notebook', 'notebook', 'command_of', 'nothing_to_do',
-           'end', 'run_step', 'work_through', 'tables_of', 'numbers', 'doctor']
+           'check_request', 'measure_model', 'write_robustbench', 'opened', 'Shard', 'attack_in_shards',
+           'evaluate_command', 'run_together', 'train', 'runs', 'parse_jobs', 'show_bill', 'table', 'publish',
+           'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of',
+           'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
 import difflib
@@ -19,6 +20,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -384,37 +386,112 @@ _RobustBench = Annotated[Optional[Path], typer.Option(
 _BatchSize = Annotated[Optional[int], typer.Option(
     help="Images attacked together. Default: 500, on a GPU 1,000.", min=1)]
 _Seed = Annotated[int, typer.Option(help="Of random starts.", min=0)]
+_Shards = Annotated[int, typer.Option(
+    help="Share the images among so many processes, one on each GPU, or jobs of SLURM.", min=1)]
+_Cluster = Annotated[str, typer.Option(help="slurm: do it in jobs there, and wait for them. Default: here.")]
+_SlurmOptions = Annotated[Optional[list[str]], typer.Option(
+    "--slurm", help="Of the jobs, such as partition=gpu or gpus_per_node=1 or timeout_min=120; may be given again.")]
+_AtOnce = Annotated[int, typer.Option(help="So many jobs at the same time.", min=1)]
+_NoWait = Annotated[bool, typer.Option("--no-wait", help="Return when the jobs are submitted.")]
+
+# %% ../nbs/78_cli.ipynb #3e2a573e
+def opened(
+    model: str, dataset: str | None, eps: str | None, norm: str, attacks: str | None, device: str, data_dir: Path,
+) -> tuple:  # model on its device, configuration of its run, data set, attacks, budget
+    "What the words of `advdpnp evaluate` name."
+    from advdpnp.core import pick_device
+    from advdpnp.evaluation import standard_attacks
+    from advdpnp.prototypes import PrototypeNet
+
+    place, (net, config) = pick_device(device), open_model(model)
+    data = open_images(dataset, config, data_dir)
+    budget, step_size = find_budget(data, config, eps, norm)
+    chosen = choose_attacks(attacks, standard_attacks(budget, norm, isinstance(net, PrototypeNet), step_size))
+    return net.to(place), config, data, chosen, budget
+
+# %% ../nbs/78_cli.ipynb #1ab4ccdf
+class Shard:
+    "The attacks on a part of the images, as a worker or a job does them."
+
+    def __call__(self, path, file: Path, number: int, shards: int, words: tuple, options: dict):
+        "Keep in `file` what is found; `path` is the claim of a job, or None."
+        from advdpnp.cluster import as_job
+        from advdpnp.evaluation import attack_shard
+
+        with as_job(path):
+            net, _, data, attacks, _ = opened(*words)
+            part = file.with_suffix(".part")
+            attack_shard(net, data, attacks, number, shards, part, **options)
+            part.replace(file)
+
+    def checkpoint(self, *arguments):
+        "What submitit puts back into the queue."
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *arguments)
+
+
+def attack_in_shards(shards: int, output: Path, words: tuple, options: dict, cluster=None) -> bool:
+    "Attack in shards, for `measure_model` to go on from; False if they are submitted, and not to be waited for."
+    from advdpnp.cluster import Piece, raise_lost, say_submitted, submit, wait_for
+    from advdpnp.core import cores, pick_device
+    from advdpnp.evaluation import merge_shards
+    from advdpnp.runs import Workers, cards
+
+    kept, folder = (output.with_name(f".{output.name}.{word}") for word in ("unfinished", "shards"))
+    files = [folder / f"{number}-of-{shards}.json" for number in range(shards)]
+    if kept.exists():  # merged before
+        return True
+    pieces = [Piece(f"shard {i + 1}", folder, f"shard{i}", file) for i, file in enumerate(files) if not file.exists()]
+    work = [(file.absolute(), i, shards, words, options) for i, file in enumerate(files) if not file.exists()]
+    if cluster:
+        logs = folder.absolute() / "jobs"
+        made = submit(cluster, logs, Shard(), [(piece, *more) for piece, more in zip(pieces, work)])
+        say_submitted("shards", made, len(pieces), logs, options["quiet"])
+        if not cluster.wait:
+            return False
+        raise_lost(wait_for(pieces, options["quiet"]))
+    elif work:
+        gpus = cards(pick_device(words[-2]))
+        with Workers(min(len(work), len(gpus) or cores()), gpus) as workers:
+            for error in workers.do(Shard(), [(None, *more) for more in work]):
+                raise error
+    merge_shards(files, kept)
+    return True
 
 # %% ../nbs/78_cli.ipynb #9009e0bc
 @app.command("evaluate", epilog=examples(
     "advdpnp evaluate data/runs/digits/Adv-DPNP-cifar_resnet8-quick-s0",
     "advdpnp evaluate my_package.models:robust_net --dataset cifar10 --eps 8/255 --autoattack-images 1000",
-    "advdpnp evaluate my_package.models:robust_net --dataset photos/ --eps 4/255 --attacks fgsm,pgd20"))
+    "advdpnp evaluate my_package.models:robust_net --dataset photos/ --eps 4/255 --attacks fgsm,pgd20",
+    "advdpnp evaluate data/runs/cifar10/Adv-DPNP-cifar_resnet18-paper-s0 --shards 8"))
 def evaluate_command(
     model: _Model, dataset: _Images = None, eps: _Eps = None, norm: _Norm = "linf", attacks: _Attacks = None,
     images: _Few = None, autoattack_images: _FewAutoAttack = None, twin: _Twin = None, output: _Output = None,
     robustbench: _RobustBench = None, batch_size: _BatchSize = None, seed: _Seed = 0, device: _Device = "auto",
-    data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
+    data_dir: _DataDir = Path("data"), quiet: _Quiet = False, shards: _Shards = 1, cluster: _Cluster = "",
+    slurm: _SlurmOptions = None, at_once: _AtOnce = 256, no_wait: _NoWait = False,
 ):
     "Measure a model's robust accuracy, and whether to believe it."
     from advdpnp.attacks import norm_name
+    from advdpnp.cluster import as_cluster
     from advdpnp.core import pick_device
-    from advdpnp.evaluation import report, standard_attacks
-    from advdpnp.prototypes import PrototypeNet
+    from advdpnp.evaluation import report
 
     with plain_errors():
-        place, (net, config) = pick_device(device), open_model(model)
-        data = open_images(dataset, config, data_dir)
+        there, norm = as_cluster(cluster, slurm or "", at_once, not no_wait), norm_name(norm)
+        words = model, dataset, eps, norm, attacks, device, data_dir
+        net, config, data, chosen, budget = opened(*words[:5], "cpu" if there else device, data_dir)
         say_data(data)
-        norm = norm_name(norm)
-        budget, step_size = find_budget(data, config, eps, norm)
-        chosen = choose_attacks(attacks, standard_attacks(budget, norm, isinstance(net, PrototypeNet), step_size))
         output = output or record_path(model, config, f"{data.name}-{norm}-{budget:.4g}")
         check_request(output, robustbench, autoattack_images, chosen)
-        record = measure_model(
-            model, net.to(place), config, data, chosen, output, images=images, batch_size=batch_size, seed=seed,
-            limits={"autoattack": autoattack_images} if autoattack_images else None,
-            twin=open_model(twin)[0].to(place) if twin else None, quiet=quiet)
+        options = dict(images=images, batch_size=batch_size, seed=seed, quiet=quiet,
+                       limits={"autoattack": autoattack_images} if autoattack_images else None)
+        if (shards > 1 or there) and not attack_in_shards(shards, output, words, options, there):
+            return typer.echo(f"submitted; the same command waits, and makes {output}")
+        twin = open_model(twin)[0].to(pick_device(device)) if twin else None
+        record = measure_model(model, net, config, data, chosen, output, twin=twin, **options)
+        shutil.rmtree(output.with_name(f".{output.name}.shards"), ignore_errors=True)
         if robustbench:
             write_robustbench(robustbench, record, config.get("arch", type(net).__name__))
     typer.echo(output)
@@ -429,6 +506,7 @@ def run_together(
     quiet: bool,
     seconds: float | None,  # None: until done
     keep_going: bool = False,  # see `Ledger`
+    tensorboard: bool = False,  # likewise
 ) -> tuple | None:  # ledger, configuration, and the record or None if time ran out; None in other processes
     "Train a run in all processes that `torchrun` has started, and measure it in the first."
     from advdpnp.data import OFFICIAL
@@ -439,7 +517,7 @@ def run_together(
     left = lambda: None if deadline is None else max(0.0, deadline - time.monotonic())
     with together(device) as place:
         rank = share()[0]
-        ledger = Ledger(data_dir, place, quiet or rank > 0, keep_going=keep_going)
+        ledger = Ledger(data_dir, place, quiet or rank > 0, keep_going=keep_going, tensorboard=tensorboard)
         if config["dataset"] not in ("digits", *OFFICIAL):
             data = ledger.dataset(config)
             config = fewer_held_out(config, data)
@@ -463,6 +541,8 @@ _TrainedOn = Annotated[Optional[str], typer.Option(
     help="digits, cifar10, cifar100, svhn, an archive in --data-dir, a path to an .npz, or to a folder/ with train/ "
          "and test/ in it. Default: the preset's.")]
 _KeepGoing = Annotated[bool, typer.Option("--keep-going", help="Train on though three epochs have taught nothing.")]
+_TensorBoard = Annotated[bool, typer.Option(
+    "--tensorboard", help="Write curves beside each run that is trained: tensorboard --logdir data/runs shows them.")]
 _RunSeed = Annotated[int, typer.Option(help="Of the first weights, batches and random starts.", min=0)]
 
 # %% ../nbs/78_cli.ipynb #72e463e6
@@ -474,6 +554,7 @@ def train(
     method: _Method, preset: _Preset = "auto", dataset: _TrainedOn = None, seed: _RunSeed = 0,
     settings: _Settings = None, time_limit: _TimeLimit = None, keep_going: _KeepGoing = False,
     device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
+    tensorboard: _TensorBoard = False,
 ):
     "Train one method and measure it; interrupted, the same command goes on."
     from advdpnp.evaluation import report
@@ -483,7 +564,7 @@ def train(
         changes = parse_settings(settings or []) | ({"dataset": dataset} if dataset else {})
         config = make_config(method, preset, seed, device, **changes)
         seconds = parse_time(time_limit) if time_limit else None
-        done = run_together(config, data_dir, device, quiet, seconds, keep_going)
+        done = run_together(config, data_dir, device, quiet, seconds, keep_going, tensorboard)
     if done is None:
         return  # not the first process
     ledger, config, record = done
@@ -530,11 +611,6 @@ _Methods = Annotated[str, typer.Option(
 _Seeds = Annotated[str, typer.Option(
     help="Such as 0,1,2. Default: those three for paper, and for tables 1, 4 and 5 at small; 0 for the others.")]
 _Jobs = Annotated[str, typer.Option(help="Runs side by side; auto: one on each GPU, else one a core, of one thread.")]
-_Cluster = Annotated[str, typer.Option(help="slurm: do it in jobs there, and wait for them. Default: here.")]
-_SlurmOptions = Annotated[Optional[list[str]], typer.Option(
-    "--slurm", help="Of the jobs, such as partition=gpu or gpus_per_node=1 or timeout_min=120; may be given again.")]
-_AtOnce = Annotated[int, typer.Option(help="So many jobs at the same time.", min=1)]
-_NoWait = Annotated[bool, typer.Option("--no-wait", help="Return when the jobs are submitted.")]
 _Bill = Annotated[bool, typer.Option(
     "--plan", help="Only say which runs are there and which are missing, and how long those will take: an estimate.")]
 _UseResults = Annotated[bool, typer.Option(
@@ -577,7 +653,7 @@ def table(
     seeds: _Seeds = "auto", time_limit: _TimeLimit = None, jobs: _Jobs = "auto", use_results: _UseResults = False,
     keep_going: _KeepGoing = False, device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
     plan: _Bill = False, cluster: _Cluster = "", slurm: _SlurmOptions = None, at_once: _AtOnce = 256,
-    no_wait: _NoWait = False,
+    no_wait: _NoWait = False, tensorboard: _TensorBoard = False,
 ):
     "Train and measure what a table lacks, and write it; what is left is listed, and the same command goes on."
     with plain_errors():
@@ -588,7 +664,7 @@ def table(
             return show_bill([(number, preset, dataset, methods, seeds)], data_dir, device, use_results)
         limit = parse_time(time_limit) if time_limit else None
         made = make_table(number, preset, dataset, methods, seeds, limit, device, data_dir, parse_jobs(jobs), quiet,
-                          use_results, keep_going, as_cluster(cluster, slurm or "", at_once, not no_wait))
+                          use_results, keep_going, as_cluster(cluster, slurm or "", at_once, not no_wait), tensorboard)
     if made.files:
         show(made.files[-1].read_text(encoding="utf-8"))
     for line in made.left:
@@ -653,13 +729,14 @@ def command_of(
     step: list,  # ["table", 1, ...], ["notebook", "figure1", "preset=fast"] or ["evaluate", ...]
     preset: str,
     seconds: int,  # that are left
+    more_words: tuple = (),  # of `advdpnp table`, such as --cluster slurm
 ) -> list[str]:  # what Python is started with
     "How a step of a plan is started."
     word, first, *more = map(str, step)
     if word == "notebook":
         first = f"nbs/{first}.ipynb"
     if word == "table":  # it stops in time by itself, and writes what it has
-        more += ["--preset", preset, "--time-limit", f"{seconds}s", "--use-results"]
+        more += ["--preset", preset, "--time-limit", f"{seconds}s", "--use-results", *more_words]
     return ["-m", "advdpnp", word, first, *more]
 
 # %% ../nbs/78_cli.ipynb #5b8ad01a
@@ -702,6 +779,7 @@ def run_step(
     step: list,
     preset: str,
     seconds: int,  # after which it is stopped
+    more_words: tuple = (),  # see `command_of`
 ) -> bool:  # whether all went well
     "One step of a plan, in a process of its own; a TimeoutError if it is not done in time."
     if why := nothing_to_do(step, preset):
@@ -709,7 +787,7 @@ def run_step(
         return True
     here = str(Path(advdpnp.__file__).parent.parent)  # the package need not be installed
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    with subprocess.Popen([sys.executable, *command_of(step, preset, seconds)],
+    with subprocess.Popen([sys.executable, *command_of(step, preset, seconds, more_words)],
                           env=os.environ | {"PYTHONPATH": path, "MPLBACKEND": "agg"}) as process:
         try:
             return process.wait(None if step[0] == "table" else seconds) == 0
@@ -723,6 +801,7 @@ def work_through(
     plan: list[list],  # steps
     preset: str,
     seconds: float,  # for all of them
+    more_words: tuple = (),  # see `command_of`
 ) -> list[str]:  # steps that failed
     "The steps of a plan in order; a TimeoutError if time runs out."
     deadline, failed = time.monotonic() + seconds, []
@@ -731,7 +810,7 @@ def work_through(
         left = int(deadline - time.monotonic())
         if left <= 0:
             raise TimeoutError
-        if not run_step(step, preset, left):
+        if not run_step(step, preset, left, more_words):
             failed.append(" ".join(map(str, step)))
     return failed
 
@@ -759,7 +838,8 @@ def tables_of(
 # %% ../nbs/78_cli.ipynb #584aff6a
 @app.command(epilog=examples("advdpnp numbers small --show", "advdpnp numbers fast --minutes 9 --pack ~/taken"))
 def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _Pack = None, bill: _Bill = False,
-            device: _Device = "auto"):
+            device: _Device = "auto", cluster: _Cluster = "", slurm: _SlurmOptions = None, at_once: _AtOnce = 256,
+            no_wait: _NoWait = False):
     "Make all numbers of a preset, in the root folder of a clone; the same command goes on where it stopped."
     with plain_errors():
         from advdpnp.runs import PLANS
@@ -773,9 +853,12 @@ def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _
             return typer.echo(f"not counted: {'; '.join(more)}" if more else "")
         if not Path("nbs/figure1.ipynb").exists():
             raise ValueError(f"there is no nbs/figure1.ipynb in {os.getcwd()}: expected the root folder of a clone")
-        failed = []
+        failed, words = [], ["--device", device]
+        if cluster:
+            words += ["--cluster", cluster, "--at-once", at_once, *["--no-wait"] * no_wait]
+            words += [word for text in slurm or [] for word in ("--slurm", text)]
         try:
-            failed = work_through(plan, preset, 60 * minutes)
+            failed = work_through(plan, preset, 60 * minutes, tuple(map(str, words)))
         except TimeoutError:
             typer.echo("time is up; the same command goes on")
         if pack:

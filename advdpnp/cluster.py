@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['device_name', 'seconds_of', 'records_on', 'usual_seconds', 'Item', 'item_of', 'bill', 'wall_seconds', 'as_hours',
-           'bill_text', 'parse_slurm', 'Slurm', 'as_cluster', 'stops_in_time', 'at_home', 'Task', 'submit',
-           'jobs_that_have', 'is_done', 'look', 'wait_for', 'last_lines', 'failure', 'run_on', 'cancel']
+           'bill_text', 'parse_slurm', 'Slurm', 'as_cluster', 'stops_in_time', 'at_home', 'as_job', 'Task', 'Piece',
+           'piece_of', 'submit', 'jobs_that_have', 'look', 'wait_for', 'last_lines', 'failure', 'say_submitted',
+           'raise_lost', 'run_on', 'cancel']
 
 # %% ../nbs/71_cluster.ipynb #ce8a2c27
 import os
@@ -239,7 +240,7 @@ def stops_in_time():
         for number, handler in usual.items():
             signal.signal(number, handler)
 
-# %% ../nbs/71_cluster.ipynb #f1db269d
+# %% ../nbs/71_cluster.ipynb #b7cf98ec
 def at_home(config: dict, device: torch.device) -> dict:
     "The configuration with the precision that this device would be given."
     if "precision" in config["changes"]:
@@ -248,25 +249,38 @@ def at_home(config: dict, device: torch.device) -> dict:
     return config | dict(precision=usual["precision"])
 
 
+@contextmanager
+def as_job(
+    path: Path | None,  # the claim of what is done; None: this is no job
+):
+    "Inside, work is a job's: its claim says whose it is, and then how it ended; signals let it stop in time."
+    if path is None:
+        yield
+        return
+    job = read_json(path) if path.stat().st_size else {}
+    if claims(path.parent, path.stem.split("-")[1])[-1] != path or "ended" in job:
+        raise RuntimeError(f"{path} is not the last claim, or given up: another job has this work")
+    torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", 1)))
+    log = f"{os.environ.get('SUBMITIT_FOLDER', '')}/{this_job()}_0_log.err"
+    about = dict(log=log) | job | dict(id=this_job())
+    write_json(path, about)
+    try:
+        with stops_in_time():
+            yield
+    except Exception as error:
+        write_json(path, about | dict(ended=f"{type(error).__name__}: {error}"))
+        raise
+    write_json(path, about | dict(ended="done"))
+
+
 class Task:
     "A step of a run, as a job does it. It has no state: the run's folder has."
 
-    def __call__(self, path, data_dir, device, keep_going, step, config):
+    def __call__(self, path, data_dir, device, keep_going, tensorboard, step, config):
         "Do a step whose claim is the file `path`, unless a later claim has been made."
-        job = read_json(path) if path.stat().st_size else {}
-        if claims(path.parent, step)[-1] != path or "ended" in job:
-            return print(f"{path} is not the last claim, or given up: another job has this step")
-        place = pick_device(device)
-        torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK", 1)))
-        about = dict(log=f"{data_dir}/jobs/{this_job()}_0_log.err") | job | dict(id=this_job())
-        write_json(path, about)
-        try:
-            with stops_in_time():
-                do_step(data_dir, place, False, keep_going, step, at_home(config, place), None)
-        except Exception as error:
-            write_json(path, about | dict(ended=f"{type(error).__name__}: {error}"))
-            raise
-        write_json(path, about | dict(ended="done"))
+        with as_job(path):
+            place = pick_device(device)
+            do_step(data_dir, place, False, keep_going, tensorboard, step, at_home(config, place), None)
 
     def checkpoint(self, *arguments):
         "What submitit puts back into the queue."
@@ -274,77 +288,79 @@ class Task:
 
         return DelayedSubmission(self, *arguments)
 
-# %% ../nbs/71_cluster.ipynb #dc5e440e
+# %% ../nbs/71_cluster.ipynb #09e29d82
+@dataclass(frozen=True)
+class Piece:
+    "Work for one job."
+
+    name: str  # for messages
+    folder: Path  # where its claims are
+    step: str  # what they are of
+    done: Path  # a file that is there when it is done
+
+
+def piece_of(ledger: Ledger, step: str, config: dict) -> Piece:
+    "A step of a run."
+    folder = ledger.folder(config)
+    return Piece(f"{title(config)} ({step})", folder, step, folder / f"{'trained' if step == 'train' else step}.json")
+
+# %% ../nbs/71_cluster.ipynb #ceb00648
 def submit(
-    ledger: Ledger,
     cluster: Slurm,
-    device: str,  # of the jobs: auto, cpu, cuda
-    step: str,  # "train", or one of `RECORDS`
-    configs: list[dict],
+    logs: Path,  # a folder
+    task,  # called with the file of the claim, and what belongs to the piece
+    work: list[tuple],  # pieces, and what is given to the task with each
     after: list[str] = (),  # ids of jobs that must have ended
 ) -> list[str]:  # ids
-    "Submit a step of several runs, as an array: those that no job has."
-    taken = [(path, config) for config in configs if (path := claim(ledger.folder(config), step))]
+    "Submit pieces of work as an array: those that no job has."
+    taken = [(path.absolute(), *more) for piece, *more in work if (path := claim(piece.folder, piece.step))]
     if not taken:
         return []
-    data_dir, jobs = ledger.data_dir.absolute(), []
-    calls = [(path.absolute(), data_dir, device, ledger.keep_going, step, config) for path, config in taken]
+    jobs = []
     try:
-        jobs = cluster.executor(data_dir / "jobs", after).map_array(Task(), *zip(*calls))
+        jobs = cluster.executor(logs, after).map_array(task, *zip(*taken))
     finally:
-        for i, (path, _) in enumerate(taken):
+        for i, (path, *_) in enumerate(taken):
             about = dict(id=jobs[i].job_id, log=str(jobs[i].paths.stderr)) if jobs else dict(ended="not submitted")
             if not path.stat().st_size:  # a job that has begun has written this itself
                 write_json(path, about)
     return [job.job_id for job in jobs]
 
 
-def jobs_that_have(
-    ledger: Ledger,
-    step: str,
-    configs: list[dict],
-) -> list[str]:  # ids
-    "The jobs of a step of several runs, this command's and others'; what is being submitted is waited for."
+def jobs_that_have(pieces: list[Piece]) -> list[str]:  # ids
+    "The jobs of pieces of work, this command's and others'; what is being submitted is waited for."
     while True:
-        found = [job for config in configs if (job := owner(ledger.folder(config), step))]
+        found = [job for piece in pieces if (job := owner(piece.folder, piece.step))]
         if all(job["id"] for job in found):
             return [job["id"] for job in found]
         time.sleep(0.5)
 
-# %% ../nbs/71_cluster.ipynb #271fe73d
-def is_done(ledger: Ledger, step: str, config: dict) -> bool:
-    "Whether a step of a run is done."
-    return (ledger.folder(config) / ("trained.json" if step == "train" else f"{step}.json")).exists()
-
-
-def look(
-    ledger: Ledger,
-    work: list[tuple[str, dict]],  # steps and configurations
-) -> tuple[dict, list]:  # how many are done, queued, running; those that no job has any more
-    "What has become of the jobs."
+# %% ../nbs/71_cluster.ipynb #d768f468
+def look(pieces: list[Piece]) -> tuple[dict, list[Piece]]:  # how many are in which state; those that no job has
+    "What has become of pieces of work: done, queued, running, or lost."
     counts, lost = dict(done=0, queued=0, running=0), []
-    for step, config in work:
-        job = owner(ledger.folder(config), step)
-        if is_done(ledger, step, config):
+    for piece in pieces:
+        job = owner(piece.folder, piece.step)
+        if piece.done.exists():
             counts["done"] += 1
         elif job:
             counts["running" if job["node"] else "queued"] += 1
         else:
-            lost.append((step, config))
+            lost.append(piece)
     return counts, lost
 
-# %% ../nbs/71_cluster.ipynb #f632fc37
+# %% ../nbs/71_cluster.ipynb #25c98ece
 def wait_for(
-    ledger: Ledger,
-    work: list[tuple[str, dict]],  # steps and configurations
+    pieces: list[Piece],
+    quiet: bool = False,  # no progress bar
     time_limit: float | None = None,  # seconds; None: until all are done or lost
-) -> list:  # steps and configurations that no job has any more, and that are not done
+) -> list[Piece]:  # that no job has any more, and that are not done
     "Show what becomes of jobs, until there are none. Ctrl-C leaves them as they are."
-    began, bar = time.monotonic(), progress_bar(len(work), "jobs", quiet=ledger.quiet)
+    began, bar = time.monotonic(), progress_bar(len(pieces), "jobs", quiet=quiet)
     bar.miniters, bar.dynamic_miniters = 0, False
     try:
         while True:
-            counts, lost = look(ledger, work)
+            counts, lost = look(pieces)
             said = ", ".join(f"{count} {word}" for word, count in (counts | dict(lost=len(lost))).items() if count)
             bar.set_postfix_str(f" {said}", refresh=False)
             bar.update(counts["done"] - bar.n)
@@ -358,7 +374,7 @@ def wait_for(
         print("the jobs go on: advdpnp runs shows them, advdpnp runs --cancel ends them", file=sys.stderr)
         raise
 
-# %% ../nbs/71_cluster.ipynb #10aacfcf
+# %% ../nbs/71_cluster.ipynb #367c1a0f
 def last_lines(path: Path, count: int = 3) -> str:
     "The last lines of a log, as one."
     with suppress(OSError):
@@ -367,9 +383,9 @@ def last_lines(path: Path, count: int = 3) -> str:
     return ""
 
 
-def failure(ledger: Ledger, step: str, config: dict) -> RuntimeError:
+def failure(piece: Piece) -> RuntimeError:
     "What became of a job that is no more."
-    path = claims(ledger.folder(config), step)[-1]
+    path = claims(piece.folder, piece.step)[-1]
     job = read_json(path) if path.stat().st_size else {}
     ask = ["squeue", "--noheader", "--states=all", f"--jobs={job.get('id')}", "--format=%T"]
     with suppress(OSError, subprocess.SubprocessError):
@@ -377,10 +393,25 @@ def failure(ledger: Ledger, step: str, config: dict) -> RuntimeError:
     what = job.get("ended") or job.get("state") or "it is no more"
     what = "it ended without its run" if what == "done" else what
     log = Path(job.get("log", ""))
-    name = f"{title(config)} ({step}), job {job.get('id', 'never submitted')}"
+    name = f"{piece.name}, job {job.get('id', 'never submitted')}"
     return RuntimeError(f"{name}: {what}; its log {log} ends: {last_lines(log)}")
 
-# %% ../nbs/71_cluster.ipynb #1029edda
+# %% ../nbs/71_cluster.ipynb #e9758b4f
+def say_submitted(what: str, made: list[str], wanted: int, logs: Path, quiet: bool):
+    "Say what has been submitted, and what had been before."
+    number = f" as job {made[0].partition('_')[0]}" if made else ""
+    if wanted and not quiet:
+        print(f"{what}: {len(made)} submitted{number}, {wanted - len(made)} have a job already; logs in {logs}",
+              file=sys.stderr)
+
+
+def raise_lost(lost: list[Piece]):
+    "Raise a RuntimeError that says what became of jobs; a run that is not trained cannot have been measured."
+    untrained = {piece.folder for piece in lost if piece.step == "train"}
+    if lost := [piece for piece in lost if piece.step == "train" or piece.folder not in untrained]:
+        raise RuntimeError(" || ".join(str(failure(piece)) for piece in lost))
+
+# %% ../nbs/71_cluster.ipynb #d4b3fb56
 def run_on(
     cluster: Slurm,
     ledger: Ledger,
@@ -396,21 +427,15 @@ def run_on(
         ledger.corrupted(config) if kind == "corruptions" else ledger.dataset(config)
     steps = {"train": [config for config in missing if not ledger.trained(config)],
              kind: [config for config in missing if ledger.result(config, kind) is None]}
-    after = []
+    after, pieces, logs = [], [], ledger.data_dir.absolute() / "jobs"
     for step, wanted in steps.items():
-        made = submit(ledger, cluster, device, step, wanted, after)
-        after = jobs_that_have(ledger, step, wanted)
-        if wanted and not ledger.quiet:
-            number = f" as job {made[0].partition('_')[0]}" if made else ""
-            print(f"{step}: {len(made)} runs submitted{number}, {len(wanted) - len(made)} have a job already; logs in "
-                  f"{ledger.data_dir / 'jobs'}", file=sys.stderr)
+        how = ledger.data_dir.absolute(), device, ledger.keep_going, ledger.tensorboard, step
+        work = [(piece_of(ledger, step, config), *how, config) for config in wanted]
+        made, new = submit(cluster, logs, Task(), work, after), [piece for piece, *_ in work]
+        after, pieces = jobs_that_have(new), pieces + new
+        say_submitted(step, made, len(new), logs, ledger.quiet)
     if cluster.wait:
-        work = [(step, config) for step, wanted in steps.items() for config in wanted]
-        lost = wait_for(ledger, work, time_limit)
-        untrained = [config for step, config in lost if step == "train"]
-        lost = [(step, config) for step, config in lost if step == "train" or config not in untrained]
-        if lost:
-            raise RuntimeError(" || ".join(str(failure(ledger, *one)) for one in lost))
+        raise_lost(wait_for(pieces, ledger.quiet, time_limit))
 
 # %% ../nbs/71_cluster.ipynb #40c430e4
 def cancel(data_dir: Path) -> list[str]:  # ids

@@ -53,7 +53,7 @@ from .geometry import geometry
 from .methods import EXTRAS, METHODS, make_net, method_of, split_name
 from .parallel import as_the_first_says, share
 from .still import full_precision
-from .training import Trainer, load_state
+from .training import Curves, Trainer, load_state
 
 # %% ../nbs/70_runs.ipynb #1a2b38be
 _ALL = dict(weight_decay=5e-4, precision="float32", awp=0.0, ema=0.0, side=None, train_images=None, test_images=None,
@@ -562,9 +562,11 @@ class Ledger:
         quiet: bool = False,  # no progress bars
         use_results: bool = False,  # runs that have a record in `<data_dir>/results` count as finished, see `kept`
         keep_going: bool = False,  # train on though nothing is learnt, see `Trainer`
+        tensorboard: bool = False,  # write curves beside each run that is trained, see `Curves`
     ):
         self.data_dir, self.device, self.quiet = Path(data_dir), pick_device(device), quiet
-        self.use_results, self.keep_going, self._datasets, self._kept = use_results, keep_going, {}, {}
+        self.use_results, self.keep_going, self.tensorboard = use_results, keep_going, tensorboard
+        self._datasets, self._kept = {}, {}
 
 # %% ../nbs/70_runs.ipynb #8fb86b13
 @patch
@@ -888,6 +890,8 @@ def train(
                 return True  # by another process, while this one waited
             trainer.resume()  # another process may have gone on with it
             others = [] if rank else other_machines(folder, made())
+            if self.tensorboard and not rank:
+                trainer.on_epoch = Curves(trainer)
             if not trainer.fit(time_limit):
                 return False
             if not rank:
@@ -1040,9 +1044,10 @@ def end_with(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/70_runs.ipynb #66ef8832
-def do_step(data_dir, device, quiet, keep_going, step, config, deadline):
+def do_step(data_dir, device, quiet, keep_going, tensorboard, step, config, deadline):
     "A step of one run, in whichever process this is."
-    ledger, left = Ledger(data_dir, device, quiet, keep_going=keep_going), seconds_left(deadline)
+    ledger = Ledger(data_dir, device, quiet, keep_going=keep_going, tensorboard=tensorboard)
+    left = seconds_left(deadline)
     if one_of(step, ["train", *RECORDS], "step") == "train":
         ledger.train(config, left)
     else:
@@ -1150,7 +1155,7 @@ def share_work(
     deadline: float | None,  # a `time.monotonic()`
 ) -> list[Exception]:  # the errors of those that failed
     "Do a step of several runs."
-    how = ledger.data_dir, ledger.device.type, ledger.quiet, ledger.keep_going, step
+    how = ledger.data_dir, ledger.device.type, ledger.quiet, ledger.keep_going, ledger.tensorboard, step
     work, errors = [(*how, config, deadline) for config in configs], []
     if workers.jobs > 1 and len(work) > 1 or workers.cards:
         return workers.do(in_worker, work)

