@@ -264,7 +264,7 @@ def as_parameter(
 ):
     "The value as the notebook expects it; a ValueError if it cannot be."
     text = value.strip() if isinstance(value, str) else None
-    if name in ("use_results", "keep_going"):
+    if name in ("use_results", "keep_going", "tensorboard"):
         value = {"true": True, "false": False}.get(text.lower(), value) if text else value
         return as_kind(name, value, bool)
     if name in ("minutes", "images", "repeats", "race_images", "photos"):
@@ -1064,7 +1064,7 @@ def in_worker(*arguments):
     finally:
         _HERE["busy"] = False
 
-# %% ../nbs/70_runs.ipynb #1a77f411
+# %% ../nbs/70_runs.ipynb #82cb8f56
 class Workers:
     "Processes that do pieces of work side by side."
 
@@ -1088,11 +1088,11 @@ class Workers:
             self.end(slot)
             return self.submit(slot, function, arguments)
 
-    def end(self, slot):
-        "End a worker."
-        self.processes.pop(slot).shutdown(kill_workers=True)
+    def end(self, slot, kill=True):
+        "End a worker, in the midst of its work or when that is done."
+        self.processes.pop(slot).shutdown(kill_workers=kill)
 
-# %% ../nbs/70_runs.ipynb #c2bf2522
+# %% ../nbs/70_runs.ipynb #4e8941c2
 @patch
 def do(
     self: Workers,
@@ -1132,7 +1132,7 @@ def stop(self: Workers, tasks: list):  # that are running
                 os.kill(pid, signal.SIGTERM)
         wait(tasks, self.patience)  # not cancelled: loky then forgets to end its processes
     finally:
-        self.__exit__()
+        self.__exit__(KeyboardInterrupt)
 
 
 @patch
@@ -1144,7 +1144,7 @@ def __enter__(self: Workers):
 def __exit__(self: Workers, *error):
     "End all."
     for slot in [*self.processes]:
-        self.end(slot)
+        self.end(slot, kill=any(error))
 
 # %% ../nbs/70_runs.ipynb #92859c15
 def share_work(
