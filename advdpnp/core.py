@@ -7,8 +7,8 @@ __all__ = ['DEVICES', 'LEFT', 'EPOCH_BAR', 'ATTACK_BAR', 'EVERY', 'shown', 'one_
            'remove_abandoned', 'locked', 'cannot_write', 'replacing', 'sealed', 'unsealed', 'read_json', 'as_json',
            'write_json', 'sha256_of', 'hash_of_tensors', 'packed_weights', 'read_weights', 'flat', 'differing',
            'claim_folder', 'plain_name', 'as_text', 'signals_wait', 'sigterm_is_ctrl_c', 'seed_of', 'seeded',
-           'seed_globally', 'Kept', 'own_randomness', 'cores', 'pick_device', 'has_fast_bf16', 'can_redraw', 'Lines',
-           'progress_bar', 'close_bar']
+           'seed_globally', 'Kept', 'own_randomness', 'cores', 'pick_device', 'has_fast_bf16', 'share_screen',
+           'can_redraw', 'Lines', 'progress_bar', 'close_bar']
 
 # %% ../nbs/90_core.ipynb #16f65974
 import difflib
@@ -459,8 +459,18 @@ def has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 # %% ../nbs/90_core.ipynb #a9469938
+_SCREEN = dict(shared=False)
+
+
+def share_screen(shared: bool):
+    "Say whether other processes write to the same screen as this one: then its bars are lines."
+    _SCREEN["shared"] = shared
+
+
 def can_redraw() -> bool:
     "Whether a line on standard error can be written over: in a terminal, or in a notebook that somebody looks at."
+    if _SCREEN["shared"]:
+        return False
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     asked = shell.kernel.get_parent() if hasattr(shell, "kernel") else {}
     return sys.stderr.isatty() or bool(asked.get("content", {}).get("allow_stdin"))

@@ -43,7 +43,7 @@ from joblib.externals.loky import FIRST_COMPLETED, BrokenProcessPool, ProcessPoo
 import advdpnp
 from .attacks import PGD, ThreatModel, correct, robust_to
 from .core import claim_folder, cores, has_fast_bf16, one_of, own_randomness, pick_device, plain_name
-from .core import read_json, read_weights, sha256_of, shown
+from .core import read_json, read_weights, sha256_of, share_screen, shown
 from .core import write_json
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import OFFICIAL, Loader, at_most, averaged, is_path, load_dataset, place_name
@@ -1024,8 +1024,10 @@ def cards(device: torch.device) -> list[str]:  # empty on a CPU
 _HERE = dict(busy=False, stopped=False)  # in a worker: whether it has work, and whether it was asked to stop
 
 
-def end_with(parent):
+def end_with(parent, alone=True):
     "Let this worker stop when it is asked to, or when its parent is no more; a run in training is saved first."
+    share_screen(not alone)
+
     def stop(number, frame):
         _HERE["stopped"] = True
         if _HERE["busy"]:
@@ -1081,7 +1083,8 @@ class Workers:
         "Give a worker a piece of work; it is started if it is not there."
         if slot not in self.processes:
             env = {"CUDA_VISIBLE_DEVICES": self.cards[slot % len(self.cards)]} if self.cards else None
-            self.processes[slot] = ProcessPoolExecutor(1, initializer=end_with, initargs=(os.getpid(),), env=env)
+            self.processes[slot] = ProcessPoolExecutor(1, initializer=end_with, env=env,
+                                                       initargs=(os.getpid(), self.jobs == 1))
         try:
             return self.processes[slot].submit(function, *arguments)
         except BrokenProcessPool:  # it has died while it had nothing to do
