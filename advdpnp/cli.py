@@ -6,7 +6,7 @@
 __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'others_code', 'import_place', 'find_function',
            'needed_arguments', 'import_model', 'write_anything', 'plain_errors', 'show', 'say_version', 'main',
            'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks', 'record_path',
-           'check_request', 'measure_model', 'write_robustbench', 'opened', 'Shard', 'attack_in_shards',
+           'check_request', 'measure_model', 'write_robustbench', 'opened', 'Shard', 'Whole', 'in_shards', 'in_jobs',
            'evaluate_command', 'run_together', 'train', 'runs', 'parse_jobs', 'show_bill', 'table', 'publish',
            'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of',
            'numbers', 'doctor']
@@ -430,34 +430,62 @@ class Shard:
 
         return DelayedSubmission(self, *arguments)
 
+# %% ../nbs/78_cli.ipynb #f1dee6b7
+class Whole(Shard):
+    "The record of an evaluation, from its shards if there are any."
 
-def attack_in_shards(shards: int, output: Path, words: tuple, options: dict, cluster=None) -> bool:
-    "Attack in shards, for `measure_model` to go on from; False if they are submitted, and not to be waited for."
-    from advdpnp.cluster import Piece, raise_lost, say_submitted, submit, wait_for
+    def __call__(self, path, files: list[Path], output: Path, words: tuple, twin: str | None, options: dict) -> dict:
+        "Write the record; `path` is the claim of a job, or None."
+        from advdpnp.cluster import as_job
+        from advdpnp.core import pick_device
+        from advdpnp.evaluation import merge_shards
+
+        with as_job(path):
+            kept = output.with_name(f".{output.name}.unfinished")
+            if files and not kept.exists():
+                merge_shards(files, kept)
+            net, config, data, attacks, _ = opened(*words)
+            twin = open_model(twin)[0].to(pick_device(words[-2])) if twin else None
+            return measure_model(words[0], net, config, data, attacks, output, twin=twin, **options)
+
+# %% ../nbs/78_cli.ipynb #598b42a0
+def in_shards(shards: int, output: Path, words: tuple, twin: str | None, options: dict) -> dict:
+    "The record of an evaluation whose attacks are made side by side on this machine."
     from advdpnp.core import cores, pick_device
-    from advdpnp.evaluation import merge_shards
     from advdpnp.runs import Workers, cards
 
-    kept, folder = (output.with_name(f".{output.name}.{word}") for word in ("unfinished", "shards"))
+    folder = output.with_name(f".{output.name}.shards")
     files = [folder / f"{number}-of-{shards}.json" for number in range(shards)]
-    if kept.exists():  # merged before
-        return True
+    work = [(None, file, i, shards, words, options) for i, file in enumerate(files) if not file.exists()]
+    gpus = cards(pick_device(words[-2]))
+    with Workers(min(len(work), len(gpus) or cores()), gpus) as workers:
+        for error in workers.do(Shard(), work):
+            raise error
+    record = Whole()(None, files, output, words, twin, options)
+    shutil.rmtree(folder)
+    return record
+
+
+def in_jobs(cluster, shards: int, output: Path, words: tuple, twin: str | None, options: dict) -> dict | None:
+    "The same in jobs of a cluster; None if they are submitted, and not to be waited for."
+    from advdpnp.cluster import Piece, jobs_that_have, raise_lost, say_submitted, submit, wait_for
+
+    output = output.absolute()
+    folder = output.with_name(f".{output.name}.shards")
+    files = [folder / f"{number}-of-{shards}.json" for number in range(shards)]
     pieces = [Piece(f"shard {i + 1}", folder, f"shard{i}", file) for i, file in enumerate(files) if not file.exists()]
-    work = [(file.absolute(), i, shards, words, options) for i, file in enumerate(files) if not file.exists()]
-    if cluster:
-        logs = folder.absolute() / "jobs"
-        made = submit(cluster, logs, Shard(), [(piece, *more) for piece, more in zip(pieces, work)])
-        say_submitted("shards", made, len(pieces), logs, options["quiet"])
-        if not cluster.wait:
-            return False
-        raise_lost(wait_for(pieces, options["quiet"]))
-    elif work:
-        gpus = cards(pick_device(words[-2]))
-        with Workers(min(len(work), len(gpus) or cores()), gpus) as workers:
-            for error in workers.do(Shard(), [(None, *more) for more in work]):
-                raise error
-    merge_shards(files, kept)
-    return True
+    work = [(file, i, shards, words, options) for i, file in enumerate(files) if not file.exists()]
+    made = submit(cluster, folder / "jobs", Shard(), [(piece, *more) for piece, more in zip(pieces, work)])
+    whole = Piece("record", folder, "record", output)
+    made += submit(cluster, folder / "jobs", Whole(), [(whole, files, output, words, twin, options)] * (
+        not output.exists()), jobs_that_have(pieces))
+    say_submitted("shards and their record", made, len(pieces) + 1, folder / "jobs", options["quiet"])
+    if not cluster.wait:
+        return None
+    lost = wait_for([*pieces, whole], options["quiet"])
+    raise_lost([piece for piece in lost if piece is not whole] or lost)
+    shutil.rmtree(folder)
+    return read_json(output)
 
 # %% ../nbs/78_cli.ipynb #9009e0bc
 @app.command("evaluate", epilog=examples(
@@ -475,7 +503,6 @@ def evaluate_command(
     "Measure a model's robust accuracy, and whether to believe it."
     from advdpnp.attacks import norm_name
     from advdpnp.cluster import as_cluster
-    from advdpnp.core import pick_device
     from advdpnp.evaluation import report
 
     with plain_errors():
@@ -484,14 +511,18 @@ def evaluate_command(
         net, config, data, chosen, budget = opened(*words[:5], "cpu" if there else device, data_dir)
         say_data(data)
         output = output or record_path(model, config, f"{data.name}-{norm}-{budget:.4g}")
-        check_request(output, robustbench, autoattack_images, chosen)
+        if not (there and output.with_name(f".{output.name}.shards").exists()):  # its jobs may have written it
+            check_request(output, robustbench, autoattack_images, chosen)
         options = dict(images=images, batch_size=batch_size, seed=seed, quiet=quiet,
                        limits={"autoattack": autoattack_images} if autoattack_images else None)
-        if (shards > 1 or there) and not attack_in_shards(shards, output, words, options, there):
-            return typer.echo(f"submitted; the same command waits, and makes {output}")
-        twin = open_model(twin)[0].to(pick_device(device)) if twin else None
-        record = measure_model(model, net, config, data, chosen, output, twin=twin, **options)
-        shutil.rmtree(output.with_name(f".{output.name}.shards"), ignore_errors=True)
+        if there:
+            record = in_jobs(there, shards, output, words, twin, options)
+        elif shards > 1:
+            record = in_shards(shards, output, words, twin, options)
+        else:
+            record = Whole()(None, [], output, words, twin, options)
+        if record is None:
+            return typer.echo(f"submitted; the same command waits, and shows {output}")
         if robustbench:
             write_robustbench(robustbench, record, config.get("arch", type(net).__name__))
     typer.echo(output)

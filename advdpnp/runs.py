@@ -994,7 +994,8 @@ def status(
         except (KeyError, TypeError):
             return "damaged", f"{folder / 'result.json'} holds no accuracies: move this file away"
     after = f"after {len(lines.read_bytes().splitlines()) if lines.exists() else 0} epochs"
-    jobs = [job for step in ("train", *RECORDS) if (job := owner(folder, step))]
+    claimed = sorted({path.stem.split("-")[1] for path in folder.glob("job-*-*.json")}, key=["train", *RECORDS].index)
+    jobs = [job for step in claimed if (job := owner(folder, step))]
     at = ", ".join(f"job {job['id']}{job['node'] and ' on '}{job['node']}" for job in jobs if job["id"])
     if is_running(folder) or any(job["node"] for job in jobs):
         trained = (folder / "trained.json").exists()
