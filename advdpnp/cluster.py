@@ -248,7 +248,7 @@ def at_home(config: dict, device: torch.device) -> dict:
     usual = usual_settings(config["method"], config["preset"], called(config["dataset"]), device)
     return config | dict(precision=usual["precision"])
 
-
+# %% ../nbs/71_cluster.ipynb #2908f3d3
 @contextmanager
 def as_job(
     path: Path | None,  # the claim of what is done; None: this is no job
@@ -272,7 +272,7 @@ def as_job(
         raise
     write_json(path, about | dict(ended="done"))
 
-
+# %% ../nbs/71_cluster.ipynb #8707fc17
 class Task:
     "A step of a run, as a job does it. It has no state: the run's folder has."
 

@@ -579,7 +579,7 @@ def attack_shard(
         attacked(still, plan, (logits.argmax(1) == labels) & mine, kept, quiet, f"shard {number + 1}/{shards}")
         write_json(file, dict(key=kept.key, stages=kept.stages, seconds=kept.seconds, complete=True))
 
-
+# %% ../nbs/60_evaluation.ipynb #48ce92e5
 def merge_shards(
     files: list[Path],  # of all shards
     resume: Path,  # a new file, for `evaluate`

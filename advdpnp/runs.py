@@ -497,7 +497,7 @@ def owner(
         if job["id"] in jobs:
             return job | dict(zip(("state", "node"), jobs[job["id"]]))
 
-
+# %% ../nbs/70_runs.ipynb #d0050088
 def claim(folder: Path, step: str) -> Path | None:
     "Claim a step of a run for a job; None if one has it."
     folder.mkdir(parents=True, exist_ok=True)
@@ -1126,7 +1126,7 @@ def do(
         raise
     return errors
 
-
+# %% ../nbs/70_runs.ipynb #911707f6
 @patch
 def stop(self: Workers, tasks: list):  # that are running
     "Ask all to save what they train, and end them."

@@ -101,7 +101,7 @@ def test_two_commands_make_a_table_together_and_one_that_is_killed_finds_its_job
     assert len([*folder.glob("jobs/*_submitted.pkl")]) == 4
     # the records are those of this machine without a cluster
     monkeypatch.setitem(advdpnp.runs.PRESETS, "quick", advdpnp.runs.PRESETS["quick"] | TINY)
-    make_table(1, "quick", "", "standard, DPNP", device="cpu", data_dir=tmp_path / "here", jobs=2, quiet=True)
+    make_table(1, "quick", "", "standard, DPNP", device="cpu", data_dir=tmp_path / "here", jobs=1, quiet=True)
     for method in ("standard", "DPNP"):
         one, two = (read_json(of / f"runs/digits/{method}-cifar_resnet8-quick-s0/result.json")
                     for of in (folder, tmp_path / "here"))

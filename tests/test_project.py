@@ -197,7 +197,8 @@ def test_the_wheel_holds_the_package_alone(copy, tmp_path_factory):
     imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     imported -= {*sys.stdlib_module_names, "advdpnp", "IPython"}  # inside functions that notebooks call
-    declared = {re.split(r"[^\w-]", r)[0].replace("scikit-learn", "sklearn").replace("pillow", "PIL") for r in core + on_demand}
+    names = [re.split(r"[^\w-]", r)[0] for r in core + on_demand]
+    declared = {name.replace("scikit-learn", "sklearn").replace("pillow", "PIL") for name in names}
     assert imported <= declared, f"imported but not declared: {imported - declared}"
 
 
