@@ -479,12 +479,15 @@ def can_redraw() -> bool:
 class Lines:
     "Standard error for a progress bar in a log: each time that the bar is drawn, it is a line of its own."
 
+    def __init__(self):
+        self.stream = sys.stderr
+
     def write(self, text):
         if text := text.replace("\x1b[A", "").strip("\r\n "):
-            sys.stderr.write(f"{text}\n")
+            self.stream.write(f"{text}\n")
 
     def flush(self):
-        sys.stderr.flush()
+        self.stream.flush()
 
 # %% ../nbs/90_core.ipynb #8df66be1
 LEFT = ", {remaining} left"
