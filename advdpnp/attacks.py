@@ -735,7 +735,7 @@ def robust_to(
     attack = as_attack(attack)
     batches = [index for index in candidates.nonzero()[:, 0].split(loader.batch_size) if len(index)]
     done, verdicts = begin[0], (candidates if begin[1] is None else begin[1]).clone()
-    if done == len(batches):
+    if done >= len(batches):
         return verdicts
     some, bar = loader.take(batches[done][:8])[0], attack_bar(attack, loader, candidates, done, quiet, title)
     with full_precision(), held_still(model, some) as still, as_given(still) as judge, counted(still, bar):

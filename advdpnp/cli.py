@@ -6,9 +6,10 @@
 __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'others_code', 'import_place', 'find_function',
            'needed_arguments', 'import_model', 'write_anything', 'plain_errors', 'show', 'say_version', 'main',
            'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks', 'record_path',
-           'check_request', 'measure_model', 'write_robustbench', 'evaluate_command', 'run_together', 'train', 'runs',
-           'parse_jobs', 'table', 'publish', 'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end',
-           'run_step', 'work_through', 'numbers', 'doctor']
+           'check_request', 'measure_model', 'write_robustbench', 'opened', 'Shard', 'Whole', 'in_shards', 'in_jobs',
+           'evaluate_command', 'run_together', 'train', 'runs', 'parse_jobs', 'show_bill', 'table', 'publish',
+           'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of',
+           'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
 import difflib
@@ -19,6 +20,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -389,37 +391,143 @@ _RobustBench = Annotated[Optional[Path], typer.Option(
 _BatchSize = Annotated[Optional[int], typer.Option(
     help="Images attacked together. Default: 500, on a GPU 1,000.", min=1)]
 _Seed = Annotated[int, typer.Option(help="Of random starts.", min=0)]
+_Shards = Annotated[int, typer.Option(
+    help="Share the images among so many processes, one on each GPU, or jobs of SLURM.", min=1)]
+_Cluster = Annotated[str, typer.Option(help="slurm: do it in jobs there, and wait for them. Default: here.")]
+_SlurmOptions = Annotated[Optional[list[str]], typer.Option(
+    "--slurm", help="Of the jobs, such as partition=gpu or gpus_per_node=1 or timeout_min=120; may be given again.")]
+_AtOnce = Annotated[int, typer.Option(help="So many jobs at the same time.", min=1)]
+_NoWait = Annotated[bool, typer.Option("--no-wait", help="Return when the jobs are submitted.")]
+
+# %% ../nbs/78_cli.ipynb #3e2a573e
+def opened(
+    model: str, dataset: str | None, eps: str | None, norm: str, attacks: str | None, device: str, data_dir: Path,
+) -> tuple:  # model on its device, configuration of its run, data set, attacks, budget
+    "What the words of `advdpnp evaluate` name."
+    from advdpnp.core import pick_device
+    from advdpnp.evaluation import standard_attacks
+    from advdpnp.prototypes import PrototypeNet
+
+    place, (net, config) = pick_device(device), open_model(model)
+    data = open_images(dataset, config, data_dir)
+    budget, step_size = find_budget(data, config, eps, norm)
+    chosen = choose_attacks(attacks, standard_attacks(budget, norm, isinstance(net, PrototypeNet), step_size))
+    return net.to(place), config, data, chosen, budget
+
+# %% ../nbs/78_cli.ipynb #1ab4ccdf
+class Shard:
+    "The attacks on a part of the images, as a worker or a job does them."
+
+    def __call__(self, path, file: Path, number: int, shards: int, words: tuple, options: dict):
+        "Keep in `file` what is found; `path` is the claim of a job, or None."
+        from advdpnp.cluster import as_job
+        from advdpnp.evaluation import attack_shard
+
+        with as_job(path):
+            net, _, data, attacks, _ = opened(*words)
+            part = file.with_suffix(".part")
+            attack_shard(net, data, attacks, number, shards, part, **options)
+            part.replace(file)
+
+    def checkpoint(self, *arguments):
+        "What submitit puts back into the queue."
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *arguments)
+
+# %% ../nbs/78_cli.ipynb #f1dee6b7
+class Whole(Shard):
+    "The record of an evaluation, from its shards if there are any."
+
+    def __call__(self, path, files: list[Path], output: Path, words: tuple, twin: str | None, options: dict) -> dict:
+        "Write the record; `path` is the claim of a job, or None."
+        from advdpnp.cluster import as_job
+        from advdpnp.core import pick_device
+        from advdpnp.evaluation import merge_shards
+
+        with as_job(path):
+            kept = output.with_name(f".{output.name}.unfinished")
+            if files and not kept.exists():
+                merge_shards(files, kept)
+            net, config, data, attacks, _ = opened(*words)
+            twin = open_model(twin)[0].to(pick_device(words[-2])) if twin else None
+            return measure_model(words[0], net, config, data, attacks, output, twin=twin, **options)
+
+# %% ../nbs/78_cli.ipynb #598b42a0
+def in_shards(shards: int, output: Path, words: tuple, twin: str | None, options: dict) -> dict:
+    "The record of an evaluation whose attacks are made side by side on this machine."
+    from advdpnp.core import cores, pick_device
+    from advdpnp.runs import Workers, cards
+
+    folder = output.with_name(f".{output.name}.shards")
+    files = [folder / f"{number}-of-{shards}.json" for number in range(shards)]
+    work = [(None, file, i, shards, words, options) for i, file in enumerate(files) if not file.exists()]
+    gpus = cards(pick_device(words[-2]))
+    with Workers(min(len(work), len(gpus) or cores()), gpus) as workers:
+        for error in workers.do(Shard(), work):
+            raise error
+    record = Whole()(None, files, output, words, twin, options)
+    shutil.rmtree(folder)
+    return record
+
+
+def in_jobs(cluster, shards: int, output: Path, words: tuple, twin: str | None, options: dict) -> dict | None:
+    "The same in jobs of a cluster; None if they are submitted, and not to be waited for."
+    from advdpnp.cluster import Piece, jobs_that_have, raise_lost, say_submitted, submit, wait_for
+
+    output = output.absolute()
+    folder = output.with_name(f".{output.name}.shards")
+    files = [folder / f"{number}-of-{shards}.json" for number in range(shards)]
+    pieces = [Piece(f"shard {i + 1}", folder, f"shard{i}", file) for i, file in enumerate(files) if not file.exists()]
+    work = [(file, i, shards, words, options) for i, file in enumerate(files) if not file.exists()]
+    made = submit(cluster, folder / "jobs", Shard(), [(piece, *more) for piece, more in zip(pieces, work)])
+    whole = Piece("record", folder, "record", output)
+    made += submit(cluster, folder / "jobs", Whole(), [(whole, files, output, words, twin, options)] * (
+        not output.exists()), jobs_that_have(pieces))
+    say_submitted("shards and their record", made, len(pieces) + 1, folder / "jobs", options["quiet"])
+    if not cluster.wait:
+        return None
+    lost = wait_for([*pieces, whole], options["quiet"])
+    raise_lost([piece for piece in lost if piece is not whole] or lost)
+    shutil.rmtree(folder)
+    return read_json(output)
 
 # %% ../nbs/78_cli.ipynb #9009e0bc
 @app.command("evaluate", epilog=examples(
     "advdpnp evaluate data/runs/digits/Adv-DPNP-cifar_resnet8-quick-s0",
     "advdpnp evaluate my_package.models:robust_net --dataset cifar10 --eps 8/255 --autoattack-images 1000",
-    "advdpnp evaluate my_package.models:robust_net --dataset photos/ --eps 4/255 --attacks fgsm,pgd20"))
+    "advdpnp evaluate my_package.models:robust_net --dataset photos/ --eps 4/255 --attacks fgsm,pgd20",
+    "advdpnp evaluate data/runs/cifar10/Adv-DPNP-cifar_resnet18-paper-s0 --shards 8"))
 def evaluate_command(
     model: _Model, dataset: _Images = None, eps: _Eps = None, norm: _Norm = "linf", attacks: _Attacks = None,
     images: _Few = None, autoattack_images: _FewAutoAttack = None, twin: _Twin = None, output: _Output = None,
     robustbench: _RobustBench = None, batch_size: _BatchSize = None, seed: _Seed = 0, device: _Device = "auto",
-    data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
+    data_dir: _DataDir = Path("data"), quiet: _Quiet = False, shards: _Shards = 1, cluster: _Cluster = "",
+    slurm: _SlurmOptions = None, at_once: _AtOnce = 256, no_wait: _NoWait = False,
 ):
     "Measure a model's robust accuracy, and whether to believe it."
     from advdpnp.attacks import norm_name
-    from advdpnp.core import pick_device
-    from advdpnp.evaluation import report, standard_attacks
-    from advdpnp.prototypes import PrototypeNet
+    from advdpnp.cluster import as_cluster
+    from advdpnp.evaluation import report
 
     with plain_errors():
-        place, (net, config) = pick_device(device), open_model(model)
-        data = open_images(dataset, config, data_dir)
+        there, norm = as_cluster(cluster, slurm or "", at_once, not no_wait), norm_name(norm)
+        words = model, dataset, eps, norm, attacks, device, data_dir
+        net, config, data, chosen, budget = opened(*words[:5], "cpu" if there else device, data_dir)
         say_data(data)
-        norm = norm_name(norm)
-        budget, step_size = find_budget(data, config, eps, norm)
-        chosen = choose_attacks(attacks, standard_attacks(budget, norm, isinstance(net, PrototypeNet), step_size))
         output = output or record_path(model, config, f"{data.name}-{norm}-{budget:.4g}")
-        check_request(output, robustbench, autoattack_images, chosen)
-        record = measure_model(
-            model, net.to(place), config, data, chosen, output, images=images, batch_size=batch_size, seed=seed,
-            limits={"autoattack": autoattack_images} if autoattack_images else None,
-            twin=open_model(twin)[0].to(place) if twin else None, quiet=quiet)
+        if not (there and output.with_name(f".{output.name}.shards").exists()):  # its jobs may have written it
+            check_request(output, robustbench, autoattack_images, chosen)
+        options = dict(images=images, batch_size=batch_size, seed=seed, quiet=quiet,
+                       limits={"autoattack": autoattack_images} if autoattack_images else None)
+        if there:
+            record = in_jobs(there, shards, output, words, twin, options)
+        elif shards > 1:
+            record = in_shards(shards, output, words, twin, options)
+        else:
+            record = Whole()(None, [], output, words, twin, options)
+        if record is None:
+            return typer.echo(f"submitted; the same command waits, and shows {output}")
         if robustbench:
             write_robustbench(robustbench, record, config.get("arch", type(net).__name__))
     typer.echo(output)
@@ -434,6 +542,7 @@ def run_together(
     quiet: bool,
     seconds: float | None,  # None: until done
     keep_going: bool = False,  # see `Ledger`
+    tensorboard: bool = False,  # likewise
 ) -> tuple | None:  # ledger, configuration, and the record or None if time ran out; None in other processes
     "Train a run in all processes that `torchrun` has started, and measure it in the first."
     from advdpnp.data import OFFICIAL
@@ -444,7 +553,7 @@ def run_together(
     left = lambda: None if deadline is None else max(0.0, deadline - time.monotonic())
     with together(device) as place:
         rank = share()[0]
-        ledger = Ledger(data_dir, place, quiet or rank > 0, keep_going=keep_going)
+        ledger = Ledger(data_dir, place, quiet or rank > 0, keep_going=keep_going, tensorboard=tensorboard)
         if config["dataset"] not in ("digits", *OFFICIAL):
             data = ledger.dataset(config)
             config = fewer_held_out(config, data)
@@ -468,6 +577,8 @@ _TrainedOn = Annotated[Optional[str], typer.Option(
     help="digits, cifar10, cifar100, svhn, an archive in --data-dir, a path to an .npz, or to a folder/ with train/ "
          "and test/ in it. Default: the preset's.")]
 _KeepGoing = Annotated[bool, typer.Option("--keep-going", help="Train on though three epochs have taught nothing.")]
+_TensorBoard = Annotated[bool, typer.Option(
+    "--tensorboard", help="Write curves beside each run that is trained: tensorboard --logdir data/runs shows them.")]
 _RunSeed = Annotated[int, typer.Option(help="Of the first weights, batches and random starts.", min=0)]
 
 # %% ../nbs/78_cli.ipynb #72e463e6
@@ -479,6 +590,7 @@ def train(
     method: _Method, preset: _Preset = "auto", dataset: _TrainedOn = None, seed: _RunSeed = 0,
     settings: _Settings = None, time_limit: _TimeLimit = None, keep_going: _KeepGoing = False,
     device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
+    tensorboard: _TensorBoard = False,
 ):
     "Train one method and measure it; interrupted, the same command goes on."
     from advdpnp.evaluation import report
@@ -488,7 +600,7 @@ def train(
         changes = parse_settings(settings or []) | ({"dataset": dataset} if dataset else {})
         config = make_config(method, preset, seed, device, **changes)
         seconds = parse_time(time_limit) if time_limit else None
-        done = run_together(config, data_dir, device, quiet, seconds, keep_going)
+        done = run_together(config, data_dir, device, quiet, seconds, keep_going, tensorboard)
     if done is None:
         return  # not the first process
     ledger, config, record = done
@@ -502,13 +614,20 @@ def train(
         show(report(record["best"]))
 
 # %% ../nbs/78_cli.ipynb #203cc65f
+_Cancel = Annotated[bool, typer.Option("--cancel", help="End the jobs of SLURM that have runs of this folder.")]
+
+
 @app.command(epilog=examples("advdpnp runs --data-dir data"))
-def runs(data_dir: _DataDir = Path("data")):
-    "List the runs of a folder: finished, trained, running, interrupted or failed, and how far they are."
+def runs(data_dir: _DataDir = Path("data"), cancel: _Cancel = False):
+    "List the runs of a folder: finished, trained, running, queued, interrupted or failed, and how far they are."
     with plain_errors():
+        from advdpnp.cluster import cancel as cancel_jobs
         from advdpnp.runs import status
 
-        folders = sorted(path.parent for path in (data_dir / "runs").glob("*/*/config.json"))
+        if cancel:
+            return typer.echo(f"jobs ended: {', '.join(cancel_jobs(data_dir)) or 'none'}")
+        found = [path for name in ("config.json", "job-*-1.json") for path in (data_dir / "runs").glob(f"*/*/{name}")]
+        folders = sorted({path.parent for path in found})
         lines = [(str(folder.relative_to(data_dir / "runs")), *status(folder)) for folder in folders]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
@@ -527,7 +646,9 @@ _Methods = Annotated[str, typer.Option(
          "or what the preset has time for.")]
 _Seeds = Annotated[str, typer.Option(
     help="Such as 0,1,2. Default: those three for paper, and for tables 1, 4 and 5 at small; 0 for the others.")]
-_Jobs = Annotated[str, typer.Option(help="Runs side by side, one thread each; auto: one on a GPU, else one a core.")]
+_Jobs = Annotated[str, typer.Option(help="Runs side by side; auto: one on each GPU, else one a core, of one thread.")]
+_Bill = Annotated[bool, typer.Option(
+    "--plan", help="Only say which runs are there and which are missing, and how long those will take: an estimate.")]
 _UseResults = Annotated[bool, typer.Option(
     "--use-results", help="Count runs as finished whose records are in the folder results; train only the others.")]
 
@@ -540,23 +661,46 @@ def parse_jobs(
         raise ValueError(f"--jobs is {text!r}: expected a number of runs, or auto")
     return text if text == "auto" else int(text)
 
+# %% ../nbs/78_cli.ipynb #b019eec1
+def show_bill(
+    tables: list[tuple],  # number, and whatever else `plan_table` takes
+    data_dir: Path,
+    device: str,
+    use_results: bool,
+):
+    "Print what tables cost."
+    from advdpnp.cluster import bill, bill_text
+    from advdpnp.runs import Ledger
+    from advdpnp.tables import plan_table
+
+    ledger = Ledger(data_dir, device, quiet=True, use_results=use_results)
+    plans = [plan_table(*given, device=device) for given in tables]
+    show(bill_text(bill(ledger, [(c, plan.kind) for plan in plans for c in plan.asked.values()]), ledger.device))
+
 # %% ../nbs/78_cli.ipynb #f81a77c3
 @app.command(epilog=examples(
     "advdpnp table 1 --preset quick",
+    "advdpnp table 2 --preset paper --plan",
     "advdpnp table 2 --preset fast --time-limit 9m",
-    'advdpnp table 3 --dataset svhn10k --preset small --methods "TRADES, Adv-DPNP" --seeds 0,1,2 --jobs 2'))
+    'advdpnp table 3 --dataset svhn10k --preset small --methods "TRADES, Adv-DPNP" --seeds 0,1,2 --jobs 2',
+    "advdpnp table 2 --preset paper --cluster slurm --slurm partition=gpu --slurm gpus_per_node=1"))
 def table(
     number: _Number, preset: _Preset = "auto", dataset: _OtherData = "", methods: _Methods = "",
     seeds: _Seeds = "auto", time_limit: _TimeLimit = None, jobs: _Jobs = "auto", use_results: _UseResults = False,
     keep_going: _KeepGoing = False, device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False,
+    plan: _Bill = False, cluster: _Cluster = "", slurm: _SlurmOptions = None, at_once: _AtOnce = 256,
+    no_wait: _NoWait = False, tensorboard: _TensorBoard = False,
 ):
     "Train and measure what a table lacks, and write it; what is left is listed, and the same command goes on."
     with plain_errors():
+        from advdpnp.cluster import as_cluster
         from advdpnp.tables import make_table
 
+        if plan:
+            return show_bill([(number, preset, dataset, methods, seeds)], data_dir, device, use_results)
         limit = parse_time(time_limit) if time_limit else None
         made = make_table(number, preset, dataset, methods, seeds, limit, device, data_dir, parse_jobs(jobs), quiet,
-                          use_results, keep_going)
+                          use_results, keep_going, as_cluster(cluster, slurm or "", at_once, not no_wait), tensorboard)
     if made.files:
         show(made.files[-1].read_text(encoding="utf-8"))
     for line in made.left:
@@ -621,13 +765,14 @@ def command_of(
     step: list,  # ["table", 1, ...], ["notebook", "figure1", "preset=fast"] or ["evaluate", ...]
     preset: str,
     seconds: int,  # that are left
+    more_words: tuple = (),  # of `advdpnp table`, such as --cluster slurm
 ) -> list[str]:  # what Python is started with
     "How a step of a plan is started."
     word, first, *more = map(str, step)
     if word == "notebook":
         first = f"nbs/{first}.ipynb"
     if word == "table":  # it stops in time by itself, and writes what it has
-        more += ["--preset", preset, "--time-limit", f"{seconds}s", "--use-results"]
+        more += ["--preset", preset, "--time-limit", f"{seconds}s", "--use-results", *more_words]
     return ["-m", "advdpnp", word, first, *more]
 
 # %% ../nbs/78_cli.ipynb #5b8ad01a
@@ -670,6 +815,7 @@ def run_step(
     step: list,
     preset: str,
     seconds: int,  # after which it is stopped
+    more_words: tuple = (),  # see `command_of`
 ) -> bool:  # whether all went well
     "One step of a plan, in a process of its own; a TimeoutError if it is not done in time."
     if why := nothing_to_do(step, preset):
@@ -677,7 +823,7 @@ def run_step(
         return True
     here = str(Path(advdpnp.__file__).parent.parent)  # the package need not be installed
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    with subprocess.Popen([sys.executable, *command_of(step, preset, seconds)],
+    with subprocess.Popen([sys.executable, *command_of(step, preset, seconds, more_words)],
                           env=os.environ | {"PYTHONPATH": path, "MPLBACKEND": "agg"}) as process:
         try:
             return process.wait(None if step[0] == "table" else seconds) == 0
@@ -691,6 +837,7 @@ def work_through(
     plan: list[list],  # steps
     preset: str,
     seconds: float,  # for all of them
+    more_words: tuple = (),  # see `command_of`
 ) -> list[str]:  # steps that failed
     "The steps of a plan in order; a TimeoutError if time runs out."
     deadline, failed = time.monotonic() + seconds, []
@@ -699,7 +846,7 @@ def work_through(
         left = int(deadline - time.monotonic())
         if left <= 0:
             raise TimeoutError
-        if not run_step(step, preset, left):
+        if not run_step(step, preset, left, more_words):
             failed.append(" ".join(map(str, step)))
     return failed
 
@@ -710,9 +857,25 @@ _Pack = Annotated[Optional[Path], typer.Option(
     help="Put records, tables and half-precision weights into this folder in the end, in pieces of a tar archive.")]
 _Show = Annotated[bool, typer.Option("--show", help="Only say what would be done.")]
 
+
+def tables_of(
+    plan: list[list],  # steps
+    preset: str,
+) -> list[tuple]:  # for `show_bill`
+    "The tables of a plan."
+    tables = []
+    for word, *more in plan:
+        if word == "table":
+            options = dict(zip((name.removeprefix("--") for name in more[1::2]), more[2::2]))
+            tables.append((more[0], preset, *(options.get(*o) for o in (
+                ("dataset", ""), ("methods", ""), ("seeds", "auto")))))
+    return tables
+
 # %% ../nbs/78_cli.ipynb #584aff6a
 @app.command(epilog=examples("advdpnp numbers small --show", "advdpnp numbers fast --minutes 9 --pack ~/taken"))
-def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _Pack = None):
+def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _Pack = None, bill: _Bill = False,
+            device: _Device = "auto", cluster: _Cluster = "", slurm: _SlurmOptions = None, at_once: _AtOnce = 256,
+            no_wait: _NoWait = False):
     "Make all numbers of a preset, in the root folder of a clone; the same command goes on where it stopped."
     with plain_errors():
         from advdpnp.runs import PLANS
@@ -720,11 +883,18 @@ def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _
         plan = PLANS[one_of(preset, PLANS, "preset")]
         if show:
             return typer.echo("\n".join(" ".join(map(str, step)) for step in plan))
+        if bill:
+            show_bill(tables_of(plan, preset), Path("data"), device, use_results=True)
+            more = [" ".join(map(str, step)) for step in plan if step[0] not in ("table", "chosen")]
+            return typer.echo(f"not counted: {'; '.join(more)}" if more else "")
         if not Path("nbs/figure1.ipynb").exists():
             raise ValueError(f"there is no nbs/figure1.ipynb in {os.getcwd()}: expected the root folder of a clone")
-        failed = []
+        failed, words = [], ["--device", device]
+        if cluster:
+            words += ["--cluster", cluster, "--at-once", at_once, *["--no-wait"] * no_wait]
+            words += [word for text in slurm or [] for word in ("--slurm", text)]
         try:
-            failed = work_through(plan, preset, 60 * minutes)
+            failed = work_through(plan, preset, 60 * minutes, tuple(map(str, words)))
         except TimeoutError:
             typer.echo("time is up; the same command goes on")
         if pack:

@@ -7,7 +7,7 @@ __all__ = ['EXPECTED', 'SUBSET_SEED', 'wilson', 'standard_attacks', 'described',
            'unpacked', 'verdicts_in', 'logit_range', 'OtherEvaluation', 'Resume', 'check_scale', 'as_pixels',
            'batches_of', 'pair_of', 'as_dataset', 'ready', 'check_names', 'image_order', 'Plan', 'make_plan',
            'images_of', 'clean_logits', 'survivors', 'attacked', 'metrics_of', 'trusted', 'checked', 'evaluate',
-           'accuracy_table', 'check_table', 'report', 'budget_text', 'robustbench_info']
+           'attack_shard', 'merge_shards', 'accuracy_table', 'check_table', 'report', 'budget_text', 'robustbench_info']
 
 # %% ../nbs/60_evaluation.ipynb #f7b4265b
 import base64
@@ -578,6 +578,51 @@ def evaluate(
     if plan.attacks:
         record |= checked(model, plan, after, verdicts, twin)
     return record | dict(seconds=round(kept.seconds, 2), verdicts=" ".join(map(packed, verdicts.values())))
+
+# %% ../nbs/60_evaluation.ipynb #89976823
+def attack_shard(
+    model,  # see `evaluate` for all but the next three
+    dataset,
+    attacks,
+    number: int,  # of the shard, from 0
+    shards: int,
+    file: Path,  # where to go on, and where to keep what is found
+    images: int | None = None,
+    limits: dict | None = None,
+    check_images: int = 200,
+    batch_size: int | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+):
+    "The attacks of an evaluation, on a part of its images."
+    model = as_module(model)
+    data = as_dataset(dataset, model)
+    plan = make_plan(data, attacks, images, limits, check_images, batch_size, seed, device_of(model))
+    labels, mine = torch.from_numpy(data.y_test[plan.order]), torch.arange(plan.images) % shards == number
+    with full_precision(), held_still(model, next(iter(plan.loader(8)))[0]) as still:
+        logits = clean_logits(still, plan)
+        kept = Resume(file, plan.key(logits) | dict(shard=[number, shards]))
+        attacked(still, plan, (logits.argmax(1) == labels) & mine, kept, quiet, f"shard {number + 1}/{shards}")
+        write_json(file, dict(key=kept.key, stages=kept.stages, seconds=kept.seconds, complete=True))
+
+# %% ../nbs/60_evaluation.ipynb #48ce92e5
+def merge_shards(
+    files: list[Path],  # of all shards
+    resume: Path,  # a new file, for `evaluate`
+):
+    "Put together what shards have found."
+    said = [read_json(file, "key", "stages", "seconds", "complete") for file in files]
+    keys = [{name: value for name, value in one["key"].items() if name != "shard"} for one in said]
+    if sorted(one["key"]["shard"] for one in said) != [[i, len(said)] for i in range(len(said))]:
+        raise ValueError(f"{', '.join(map(str, files))} are not all shards of an evaluation: expected each once")
+    if any(key != keys[0] for key in keys):
+        raise ValueError("the shards are of several evaluations, or were measured on devices that round differently: "
+                         "expected devices of one kind; remove their files to begin anew")
+    whole, parts = Resume(resume, keys[0]), [Resume(file, one["key"]) for file, one in zip(files, said)]
+    whole.before = sum(one["seconds"] for one in said)
+    for name in dict.fromkeys(name for part in parts for name in part.stages):
+        verdicts = torch.stack([v for part in parts if (v := part.begin(name)[1]) is not None]).any(0)
+        whole.keeper(name)(-(-len(verdicts) // keys[0]["batch_size"]), verdicts)  # no more batches than that
 
 # %% ../nbs/60_evaluation.ipynb #5240c478
 def accuracy_table(

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .cluster import run_on
 from .comparison import compare
 from .core import as_text, one_of, replacing
 from .corruptions import GROUPS
@@ -684,15 +685,23 @@ def make_table(
     quiet: bool = False,  # no progress bars
     use_results: bool = False,  # runs that have a record in `<data_dir>/results` count as finished
     keep_going: bool = False,  # train on though nothing is learnt, see `Trainer`
+    cluster=None,  # from `as_cluster`: do it in jobs there, on `device`; None: here
+    tensorboard: bool = False,  # write curves beside each run that is trained, see `Curves`
 ) -> Table:
     "Train and measure what is asked for and not there, and write the table; an error of a run is raised at the end."
     as_kind("time_limit", time_limit, float | None)
     if jobs != "auto" and as_kind("jobs", jobs, int) < 1:
         raise ValueError(f"jobs is {jobs}: expected 'auto', or at least 1")
-    plan, failure = plan_table(number, preset, dataset, methods, seeds, device), None
-    ledger = Ledger(data_dir, device, quiet, use_results, keep_going)
+    here = "cpu" if cluster else device
+    if cluster and preset == "auto":
+        raise ValueError("preset is 'auto': on a cluster expected one by name, such as fast or paper")
+    plan, failure = plan_table(number, preset, dataset, methods, seeds, here), None
+    ledger = Ledger(data_dir, here, quiet, use_results, keep_going, tensorboard)
     try:
-        ledger.run_all([*plan.asked.values()], jobs, time_limit, plan.kind)
+        if cluster:
+            run_on(cluster, ledger, device, [*plan.asked.values()], time_limit, plan.kind)
+        else:
+            ledger.run_all([*plan.asked.values()], jobs, time_limit, plan.kind)
     except Exception as error:  # of some of the runs: the others go into the table first
         failure = error
     done = collect(plan, ledger)

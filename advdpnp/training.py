@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'one_cycle', 'drops', 'perturbed', 'move_average', 'Loss', 'attacked_copy', 'Step', 'in_the_way',
            'Watched', 'has_graphs', 'aside', 'record', 'Recorded', 'save_best', 'best_weights', 'write_history',
-           'place_best', 'save_checkpoint', 'check_stored', 'load_state', 'check_finite', 'Trainer', 'learns_nothing']
+           'place_best', 'save_checkpoint', 'check_stored', 'load_state', 'check_finite', 'Trainer', 'learns_nothing',
+           'Curves']
 
 # %% ../nbs/50_training.ipynb #99934a07
 import dataclasses
@@ -14,6 +15,7 @@ import io
 import json
 import math
 import os
+import shutil
 import time
 import warnings
 import zipfile
@@ -426,6 +428,8 @@ class Trainer:
     keep_going: bool = False  # train on though nothing is learnt, see `check_learning`
     quiet: bool = False  # no progress bars
     name: str | None = None  # before the progress bar; None: the method's class
+    on_epoch: object = None  # called after each epoch with what metrics.jsonl gets
+    on_step: object = None  # called after each batch: epoch, batch, lr, and the loss and its terms as tensors
 
     def __post_init__(self):
         self._check()
@@ -635,6 +639,8 @@ def step(
     self._latest = dict(zip(["loss", *terms], mean_over_processes([loss, *terms.values()])))
     self.sums = {name: self.sums.get(name, 0) + value for name, value in self._latest.items()}
     self.batch += 1
+    if self.on_step and share()[0] == 0:
+        self.on_step({"epoch": self.epoch + 1, "batch": self.batch, "lr": group["lr"], **self._latest})
     return self._latest
 
 # %% ../nbs/50_training.ipynb #25f845ec
@@ -693,6 +699,8 @@ def _end_epoch(self: Trainer):
         self.best = {"epoch": line["epoch"], "clean": clean, "robust": robust, "weights": self.weights("last")}
     self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
     self._save(self.weights("last"))
+    if self.on_epoch and share()[0] == 0:
+        self.on_epoch(line)
 
 # %% ../nbs/50_training.ipynb #875c00fb
 def learns_nothing(
@@ -769,3 +777,29 @@ def fit(
                 return False
     self._finish()
     return True
+
+# %% ../nbs/50_training.ipynb #af4bf78f
+class Curves:
+    "Writes curves of a run for TensorBoard, beside its checkpoints; in the end 32 held-out images under attack, too."
+
+    def __init__(self, trainer: Trainer):  # with a folder
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("curves need TensorBoard: pip install 'advdpnp[cluster]'") from error
+        self.trainer, folder = trainer, trainer.folder / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        self.writer = SummaryWriter(folder)
+        for line in trainer.history:
+            self(line)
+
+    def __call__(self, line: dict):  # of the metrics
+        "Write an epoch."
+        trainer, epoch = self.trainer, line["epoch"]
+        rate = trainer.lr * SCHEDULES[trainer.schedule]((epoch - 0.5) / trainer.epochs)
+        for name, value in {**line, "rate": rate}.items():
+            self.writer.add_scalar(name, value, epoch)
+        if epoch == trainer.epochs:
+            x, y = trainer.val_loader.take(torch.arange(min(32, len(trainer.held.x_test))))
+            self.writer.add_images("adversarial", trainer.val_attack(trainer.judged, x, y), epoch)
+        self.writer.flush()

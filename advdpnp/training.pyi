@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from .data import Dataset
 from .still import Still
-__all__ = ['SCHEDULES', 'one_cycle', 'drops', 'perturbed', 'move_average', 'Loss', 'attacked_copy', 'Step', 'in_the_way', 'Watched', 'has_graphs', 'aside', 'record', 'Recorded', 'save_best', 'best_weights', 'write_history', 'place_best', 'save_checkpoint', 'check_stored', 'load_state', 'check_finite', 'Trainer', 'learns_nothing']
+__all__ = ['SCHEDULES', 'one_cycle', 'drops', 'perturbed', 'move_average', 'Loss', 'attacked_copy', 'Step', 'in_the_way', 'Watched', 'has_graphs', 'aside', 'record', 'Recorded', 'save_best', 'best_weights', 'write_history', 'place_best', 'save_checkpoint', 'check_stored', 'load_state', 'check_finite', 'Trainer', 'learns_nothing', 'Curves']
 def one_cycle(progress: float) -> float: ...
 def drops(progress: float) -> float: ...
 SCHEDULES: dict
@@ -91,6 +91,8 @@ class Trainer:
     keep_going: bool = False
     quiet: bool = False
     name: str | None = None
+    on_epoch: Any = None
+    on_step: Any = None
     average: Any = dataclasses.field(init=False)
     batch: Any = dataclasses.field(init=False)
     best: Any = dataclasses.field(init=False)
@@ -115,3 +117,9 @@ class Trainer:
     def check_learning(self: Trainer): ...
     def fit(self: Trainer, time_limit: float | None=None) -> bool: ...
 def learns_nothing(first: float, now: float, guess: float) -> bool: ...
+class Curves:
+    trainer: Any
+    writer: Any
+
+    def __init__(self, trainer: Trainer): ...
+    def __call__(self, line: dict): ...
