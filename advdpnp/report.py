@@ -15,13 +15,14 @@ __all__ = ['MEANINGS', 'FACTORS', 'SHARPEST', 'SIDE', 'MIDDLE', 'STYLE', 'PAGE',
            'comparison_section', 'command_of', 'provenance_section', 'lacking_words', 'sections_of', 'Report',
            'models_of', 'names_of', 'rendered', 'report']
 
-# %% ../nbs/77_report.ipynb #7a23f3a1
+# %% ../nbs/77_report.ipynb #b3b482d8
 import base64
 import html
 import io
 import math
 import shlex
 import time
+import warnings
 from dataclasses import dataclass, field
 
 import matplotlib.pyplot as plt
@@ -79,7 +80,7 @@ def setting_of(record: dict) -> dict | None:  # eps, norm; None: nothing was att
     largest = max(attacks, key=lambda attack: attack["eps"])
     return dict(eps=float(largest["eps"]), norm=str(largest.get("norm", "linf")))
 
-# %% ../nbs/77_report.ipynb #4f502030
+# %% ../nbs/77_report.ipynb #fb950b2c
 def listed(words: list[str]) -> str:
     "Words with commas, and *and* before the last."
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
@@ -101,7 +102,7 @@ def first_answer(
     attacks = {name: m["attack"] for name, m in record["metrics"].items() if "attack" in m}
     budgets = {(a["eps"], a.get("norm", "linf")): budget_words(a["eps"], at["eps"], at["norm"])
                for a in attacks.values()}
-    norms = {norm: {"linf": "l∞", "l2": "l2"}.get(norm, norm) for _, norm in budgets}
+    norms = {norm: {"linf": "ℓ∞", "l2": "ℓ2"}.get(norm, norm) for _, norm in budgets}
     where = listed([f"{text} in {norms[norm]}" for (_, norm), text in budgets.items()])
     few = "" if worst["n"] == clean["n"] else f" of the {worst['n']:,} that all attacks saw"
     each = "each of " * (len(attacks) > 1)
@@ -135,7 +136,7 @@ MEANINGS = {
     "square": "A search without gradients breaks images that attacks with them do not: the gradient is hidden.",
 }
 
-# %% ../nbs/77_report.ipynb #947e6d80
+# %% ../nbs/77_report.ipynb #0b77c8cf
 def second_answer(
     record: dict,  # see `one_record`
 ) -> str:
@@ -149,7 +150,8 @@ def second_answer(
     if bad:
         return (f"This is not to be believed as it is: of {run} checks that look for false robustness, {len(bad)} "
                 f"failed ({listed(bad)}), and what that means is said below{left}.")
-    return f"Nothing speaks against it: {run} checks that look for false robustness were run, and none failed{left}."
+    return (f"Nothing speaks against this number: {run} checks that look for false robustness were run, and none "
+            f"failed{left}.")
 
 
 def meanings(record: dict) -> list[tuple[str, str]]:  # name, and what it means
@@ -157,7 +159,7 @@ def meanings(record: dict) -> list[tuple[str, str]]:  # name, and what it means
     return [(c["name"], f"Found: {c['found']}; expected: {c['expected']}. {MEANINGS.get(c['name'], '')}".strip())
             for c in record.get("checks", []) if c["passed"] is False]
 
-# %% ../nbs/77_report.ipynb #0f83c635
+# %% ../nbs/77_report.ipynb #28217396
 def ladder(
     still,  # a `Still`
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]
@@ -165,7 +167,7 @@ def ladder(
     right: torch.Tensor,  # (B,) bool: which are classified correctly
     budgets: list[float],  # growing
     norm: str = "linf",  # or "l2"
-    steps: int = 5,  # with each budget
+    steps: int = 3,  # with each budget
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B,): 0 for wrong as it is, infinity for not broken; (B, C, H, W)
     "The smallest of some budgets that breaks each image, and the image it becomes: with the last one, if none does."
     broken_at, x_adv = torch.where(right, math.inf, 0.0).double(), x.clone()
@@ -175,7 +177,7 @@ def ladder(
             break
         found = Found(still, x[rows], y[rows])
         ascent = Ascent(still, on_logits(margin), x[rows], y[rows], x_adv[rows])
-        climb_until_broken(ascent, found, ThreatModel(budget, norm), budget / 4, steps)
+        climb_until_broken(ascent, found, ThreatModel(budget, norm), budget / 2, steps)
         x_adv[rows[found.index]] = ascent.x_adv
         x_adv[rows[found.broken]] = found.images[found.broken]
         broken_at[rows[found.broken]] = budget
@@ -346,7 +348,7 @@ def plain(
     line = " ".join("".join(c if c.isprintable() else " " for c in str(words)).split())
     return line if len(line) <= most else f"{line[:most - 1]}…"
 
-# %% ../nbs/77_report.ipynb #bf7f32ba
+# %% ../nbs/77_report.ipynb #7cdcab68
 SHARPEST = 150_000  # bytes of SVG: a larger picture becomes PNG
 
 
@@ -374,9 +376,9 @@ def paper():
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "advdpnp", "text.parse_math": False,
                          "axes.formatter.use_mathtext": False, "font.size": 10, "axes.labelsize": 10,
                          "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "axes.titlesize": 10,
-                         "figure.figsize": (4.6, 3.2), "figure.constrained_layout.use": True})
+                         "figure.figsize": (3.9, 2.8), "figure.constrained_layout.use": True})
 
-# %% ../nbs/77_report.ipynb #13c72c63
+# %% ../nbs/77_report.ipynb #67fe7405
 def attack_rows(
     subjects: list[Subject],
 ) -> list[list[str]]:
@@ -399,7 +401,7 @@ def plot_attacks(
 ):
     "Accuracies with their intervals: a figure."
     metrics = [*dict.fromkeys(m for s in subjects for m in s.record["metrics"])]
-    figure, ax = plt.subplots(figsize=(4.6, 1 + 0.3 * len(metrics) * (0.6 + 0.4 * len(subjects))))
+    figure, ax = plt.subplots(figsize=(3.9, 1 + 0.3 * len(metrics) * (0.6 + 0.4 * len(subjects))))
     for i, s in enumerate(subjects):
         rows = [(k, s.record["metrics"][m]) for k, m in enumerate(metrics) if m in s.record["metrics"]]
         places = np.array([k for k, _ in rows]) + 0.6 * ((i + 0.5) / len(subjects) - 0.5)
@@ -423,7 +425,7 @@ def finished(
     sns.despine(figure)
     return figure
 
-# %% ../nbs/77_report.ipynb #0dc079b0
+# %% ../nbs/77_report.ipynb #9689dc5c
 def plot_curve(
     subjects: list[Subject],
     key: str,  # "curve": accuracy against the budget; "path": against steps
@@ -438,20 +440,30 @@ def plot_curve(
     at = setting_of(subjects[0].record)
     mark = at["eps"] if key == "curve" else subjects[0].record["path"]["steps"][-1] / 2
     ax.axvline(mark, color="0.45", ls=":", lw=1)
+    last = max(s.record["curve"]["eps"][-1] for s in subjects)
     ax.set(ylim=(-2, 102), ylabel="accuracy (%)", xlabel="budget" if key == "curve" else "steps of PGD")
+    if key == "curve" and last > 4 * mark:  # small budgets would be one line at the edge
+        ax.set_xscale("symlog", linthresh=2 * mark, linscale=2)
+        ticks = 0, mark / 2, mark, 2 * mark, last
+        ax.set_xticks(ticks, [budget_words(tick, mark, at["norm"]) for tick in ticks])
+        ax.minorticks_off()
+        ax.set_xlabel("budget, logarithmic from twice the record's")
     return finished(figure, subjects)
 
 
 def end_of_curve(s: Subject) -> str:
     "Where the curve of a model ends, and what that means."
     eps, accuracy = s.record["curve"]["eps"][-1], s.record["curve"]["accuracy"][-1]
-    budget = f"{plain(s.name)}: at the largest budget, {eps:.3g}, {accuracy:.1f}% survive"
+    budget = f"at the largest budget, {eps:.3g}, {accuracy:.1f}% survive"
     if accuracy <= 2:
         return f"{budget}, as it must be: every image can be broken if enough is allowed."
-    return (f"{budget}. The curve does not end near zero. With this budget any image can be turned into plain grey, so "
-            "a model that is right more often than one that always says the same has not been attacked well enough.")
+    passed = next((c["passed"] for c in s.record.get("checks", []) if c["name"] == "budget"), None)
+    why = {True: "what is left is no more than one gets by always saying the same, so this is no sign of a fault.",
+           False: "what is left is more than one gets by always saying the same: the attack does not work.",
+           None: "what is left must not be more than one gets by always saying the same."}[passed]
+    return f"{budget}. The curve does not end near zero. With this budget any image can be turned into plain grey; {why}"
 
-# %% ../nbs/77_report.ipynb #baffcead
+# %% ../nbs/77_report.ipynb #e44a29dd
 def by_class(
     s: Subject,  # with verdicts and a data set
 ) -> list[dict]:  # name, n, clean, robust (per cent), the most fragile class first
@@ -469,16 +481,16 @@ def plot_classes(
     rows: list[dict],  # from `by_class`
 ):
     "Clean and worst-case accuracy of each class: a figure."
-    figure, ax = plt.subplots(figsize=(4.6, 1.2 + 0.24 * len(rows)))
+    figure, ax = plt.subplots(figsize=(3.9, 1.2 + 0.24 * len(rows)))
     clean, robust = (np.array([row[key] for row in rows]) for key in ("clean", "robust"))
     ax.hlines(range(len(rows)), robust, clean, color="0.75", lw=2, zorder=1)
-    ax.scatter(clean, range(len(rows)), color=[CLEAN], s=28, label="clean")
+    ax.scatter(clean, range(len(rows)), color=[CLEAN], s=48, label="clean")
     ax.scatter(robust, range(len(rows)), color=[ADVERSARIAL], s=28, marker="D", label="worst case")
     ax.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], xlim=(-3, 103), xlabel="accuracy (%)")
     ax.invert_yaxis()
     return finished(figure, rows)
 
-# %% ../nbs/77_report.ipynb #d22c836f
+# %% ../nbs/77_report.ipynb #7ff2fbda
 def confusion(
     labels: np.ndarray,  # (M,)
     said: np.ndarray,  # (M,) classes
@@ -511,8 +523,8 @@ def plot_matrix(
     names: list[str],
 ):
     "A matrix of counts: a figure."
-    side = 1.6 + 0.3 * len(matrix)
-    figure, ax = plt.subplots(figsize=(side + 0.5, side))
+    side = 0.8 + 0.28 * len(matrix) + 0.07 * max(map(len, names))
+    figure, ax = plt.subplots(figsize=(max(3.9, side), max(2.6, side)))
     sns.heatmap(matrix, annot=True, fmt="d", cmap="Blues", cbar=False, square=True, ax=ax, linewidths=0.5,
                 annot_kws=dict(size=9), xticklabels=names, yticklabels=names)
     ax.set(xlabel="taken for", ylabel="class")
@@ -542,10 +554,10 @@ def calibration(
     return dict(confidence=sure, accuracy=true, n=n[n > 0],
                 ece=float(100 * (n[n > 0] * np.abs(sure - true)).sum() / len(labels)))
 
-# %% ../nbs/77_report.ipynb #8d563ffd
+# %% ../nbs/77_report.ipynb #3e6918d2
 def plot_reliability(s: Subject):  # with a look
     "Accuracy against confidence, clean and attacked: a figure."
-    figure, ax = plt.subplots(figsize=(4.6, 3.6))
+    figure, ax = plt.subplots(figsize=(3.9, 3.3))
     ax.plot([0, 1], [0, 1], color="0.6", ls=":", lw=1)
     for state, colour, marker in (("clean", CLEAN, "o"), ("attacked", ADVERSARIAL, "D")):
         found = calibration(getattr(s.look, state), s.look.labels)
@@ -570,8 +582,8 @@ def plot_spread(
     figure, ax = plt.subplots()
     values = {state: np.clip(of(getattr(s.look, state), s.look.labels), *limits) for state in ("clean", "attacked")}
     bins = np.linspace(*limits, 26)
-    for (state, found), colour, hatch in zip(values.items(), (CLEAN, ADVERSARIAL), ("", "///")):
-        ax.hist(found, bins, color=(*colour, 0.35), edgecolor=colour, hatch=hatch, label=state)
+    ax.hist(values["clean"], bins, color=(*CLEAN, 0.45), label="clean")
+    ax.hist(values["attacked"], bins, histtype="step", lw=2, color=ADVERSARIAL, label="attacked")
     ax.set(xlabel=label, ylabel="images", xlim=limits)
     ax.legend(frameon=False)
     sns.despine(figure)
@@ -582,7 +594,7 @@ def lead_of(logits, labels) -> np.ndarray:  # (M,), negative where an image is m
     "By how much the true class leads the best other one."
     return -margin(logits, torch.as_tensor(labels)).numpy()
 
-# %% ../nbs/77_report.ipynb #311b91dd
+# %% ../nbs/77_report.ipynb #6760ff0c
 def plot_plane(
     s: Subject,  # with features
     state: int,  # 0: clean, 1: attacked
@@ -593,7 +605,7 @@ def plot_plane(
     both = np.concatenate([onto_plane(f, stars) for f in s.look.features] + [anchors])
     shown = [*range(min(len(stars), 10))]
     of = sns.color_palette("tab10", 10)
-    figure, ax = plt.subplots(figsize=(4.6, 4.2))
+    figure, ax = plt.subplots(figsize=(3.9, 3.7))
     for k in shown:
         ax.scatter(*flat[s.look.labels == k].T, color=[of[k]], s=9, lw=0)
     for k in shown:
@@ -606,7 +618,7 @@ def plot_plane(
            aspect="equal")
     return figure
 
-# %% ../nbs/77_report.ipynb #189b15aa
+# %% ../nbs/77_report.ipynb #11a34cb7
 def distances_of(s: Subject) -> list[tuple]:  # for clean and attacked: (M,) to the own, (M,) to the nearest other
     "How far features are from prototypes."
     return [own_and_rival(f, s.look.prototypes, s.look.labels) for f in s.look.features]
@@ -614,7 +626,7 @@ def distances_of(s: Subject) -> list[tuple]:  # for clean and attacked: (M,) to 
 
 def plot_distances(s: Subject):  # with features
     "Distance to the nearest other prototype against distance to the own: a figure."
-    figure, ax = plt.subplots(figsize=(4.6, 4.2))
+    figure, ax = plt.subplots(figsize=(3.9, 3.7))
     top = 0.0
     for (own, other), colour, marker, state in zip(distances_of(s), (CLEAN, ADVERSARIAL), "oD", ("clean", "attacked")):
         ax.scatter(own, other, s=10, color=[colour], marker=marker, lw=0, alpha=0.7, label=state)
@@ -622,7 +634,7 @@ def plot_distances(s: Subject):  # with features
     ax.plot([0, top], [0, top], color="0.45", ls=":", lw=1)
     ax.set(xlabel="distance to the own prototype", ylabel="distance to the nearest other", aspect="equal",
            xlim=(0, 1.03 * top), ylim=(0, 1.03 * top))
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, markerscale=2, loc="lower left")
     sns.despine(figure)
     return figure
 
@@ -643,18 +655,18 @@ def pullers(
                                  ", ".join(first) or "–"]))
     return [row for _, row in sorted(rows, key=lambda row: -row[0])]
 
-# %% ../nbs/77_report.ipynb #043c8b56
-SIDE, MIDDLE = 96, 64  # pixels: the largest image that is shown whole, and how much of a larger one
+# %% ../nbs/77_report.ipynb #8217f7c5
+SIDE, MIDDLE = 64, 32  # pixels: the largest image that is shown whole, and how much of a larger one
 
 
 def png_of(
     image: np.ndarray,  # (H, W, C) in [0, 1]
 ) -> str:  # a data URI
-    "An image as PNG, enlarged to about 96 pixels."
+    "An image as PNG, enlarged to about 100 pixels."
     if image.shape[-1] not in (1, 3):
         image = image.mean(-1, keepdims=True)
     pixels = (255 * image.clip(0, 1)).round().astype(np.uint8)
-    times = max(1, SIDE // max(pixels.shape[:2]))
+    times = max(1, round(96 / max(pixels.shape[:2])))
     pixels = pixels.repeat(times, 0).repeat(times, 1)
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG", optimize=True)
@@ -668,7 +680,7 @@ def pieces(
     h, w = image.shape[:2]
     if max(h, w) <= SIDE:
         return None, image
-    step = -(-max(h, w) // SIDE)
+    step = -(-max(h, w) // 96)
     top, left = max(0, (h - MIDDLE) // 2), max(0, (w - MIDDLE) // 2)
     return image[::step, ::step], image[top : top + MIDDLE, left : left + MIDDLE]
 
@@ -708,7 +720,7 @@ def card_of(
     lines = [f"image {seen.places[i]}, class {true}: {fate}", f"clean: {before}", f"attacked: {after}"]
     return Card([(label, alt, png_of(image)) for label, alt, image in pictures], lines)
 
-# %% ../nbs/77_report.ipynb #38f41bf6
+# %% ../nbs/77_report.ipynb #189480dc
 def extremes(
     s: Subject,  # with a look
     count: int = 12,
@@ -716,11 +728,12 @@ def extremes(
     "The images that break first, and those that last longest."
     after = lead_of(s.look.said, s.look.labels)
     right = np.flatnonzero(s.look.broken_at > 0)
-    order = sorted(right, key=lambda i: (s.look.broken_at[i], after[i]))
-    half = min(count, len(order) // 2 + len(order) % 2)
-    return [int(i) for i in order[:half]], [int(i) for i in order[::-1][: min(count, len(order) - half)]]
+    order = [int(i) for i in sorted(right, key=lambda i: (s.look.broken_at[i], after[i]))]
+    half = min(count, (len(order) + 1) // 2)
+    first = [i for i in order[:half] if math.isfinite(s.look.broken_at[i])]
+    return first, [i for i in order[::-1] if i not in first][:count]
 
-# %% ../nbs/77_report.ipynb #9488f574
+# %% ../nbs/77_report.ipynb #35f9d592
 def several(subjects: list[Subject], title: str, s: Subject) -> str:
     "A title, with the model's name if there are several."
     return f"{plain(s.name, 40)}: {title[0].lower()}{title[1:]}" if len(subjects) > 1 else title
@@ -737,10 +750,11 @@ def attack_section(subjects: list[Subject]) -> Section:
             "images that survive every attack."]
     for s in subjects:
         of = s.record.get("subset")
-        said += [f"{plain(s.name)}: {s.record['n']:,} of {of['of']:,} test images, drawn in proportion to the classes."
-                 ] if of and s.record["n"] < of["of"] else []
+        mine = [f"{s.record['n']:,} of {of['of']:,} test images were drawn, in proportion to the classes."
+                ] if of and s.record["n"] < of["of"] else []
+        mine += [f"The first of {s.seeds} seeds is shown."] if s.seeds > 1 else []
+        said += [several(subjects, line, s) for line in mine]
         said += [plain(remark, 400) for remark in s.record.get("remarks", [])]
-        said += [f"{plain(s.name)}: the first of {s.seeds} seeds is shown."] if s.seeds > 1 else []
     picture = Panel("Accuracy under each attack", "A dot is the accuracy, a line its 95% interval over test images: "
                     "further left is easier to break.", alt, drawn(plot_attacks(subjects)))
     return Section("Attacks", said, [picture], [Table("Accuracy under each attack", head, rows)])
@@ -757,7 +771,7 @@ def check_section(subjects: list[Subject]) -> Section | None:
             "number; passing all proves nothing, but false defences that are known fail at least one."]
     return Section("Checks", said, tables=tables) if tables else None
 
-# %% ../nbs/77_report.ipynb #6f67786c
+# %% ../nbs/77_report.ipynb #ad8a8182
 def curve_section(subjects: list[Subject]) -> Section | None:
     "Accuracy against budget and steps."
     having = [s for s in subjects if s.record.get("curve") and s.record.get("path")]
@@ -774,7 +788,7 @@ def curve_section(subjects: list[Subject]) -> Section | None:
               Panel("Accuracy against steps", "The curve must be flat right of the dotted line, where the record's "
                     "attack stops; if it still falls, that one stopped too early.", ends,
                     drawn(plot_curve(having, "path")))]
-    said = [f"Under PGD, on {listed([str(k) for k in sorted(n)])} images."] + [end_of_curve(s) for s in having]
+    said = [f"Under PGD, on {listed([str(k) for k in sorted(n)])} images."] + [several(subjects, f"At the {end_of_curve(s)[7:]}", s) for s in having]
     return Section("Budget and steps", said, panels)
 
 
@@ -812,7 +826,7 @@ def matrix_panels(subjects: list[Subject], s: Subject) -> list[Panel]:
         f"Most frequent mistakes: {', '.join(most)}." if most else "No image is taken for another class.",
         drawn(plot_matrix(matrix[np.ix_(shown, shown)], [names[k] for k in shown])))]
 
-# %% ../nbs/77_report.ipynb #b72f6bbd
+# %% ../nbs/77_report.ipynb #e2cacaef
 def limits_of(subjects: list[Subject]) -> tuple[float, float]:
     "The same axis of margins for all models."
     leads = np.concatenate([lead_of(z, s.look.labels) for s in subjects for z in (s.look.clean, s.look.attacked)])
@@ -830,7 +844,7 @@ def confidence_section(subjects: list[Subject]) -> Section | None:
         lead = {state: np.median(lead_of(getattr(s.look, state), s.look.labels)) for state in ece}
         panels += [
             Panel(several(subjects, "Confidence", s), "How sure the model is of its answer, right or wrong: attacked "
-                  "images (hatched) should make it less sure.", f"Median confidence {sure['clean']:.2f} clean, "
+                  "images (the line) should make it less sure.", f"Median confidence {sure['clean']:.2f} clean, "
                   f"{sure['attacked']:.2f} attacked.",
                   drawn(plot_spread(s, lambda z, _: confidence_of(z), "confidence", (0.0, 1.0)))),
             Panel(several(subjects, "Margin", s), "By how much the logit of the true class leads the best other one: "
@@ -976,7 +990,7 @@ def provenance_section(subjects: list[Subject]) -> Section:
         section.tables.append(Table(several(subjects, "Provenance", s), ["what", "value"], rows))
     return section
 
-# %% ../nbs/77_report.ipynb #8a7f1556
+# %% ../nbs/77_report.ipynb #8506df25
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1e; --soft: #52525b; --ground: #fff; --line: #c9c9d1; --band: #f3f3f6;
   --good: #14613a; --bad: #a11a1a; --link: #0b57a4; }
@@ -984,7 +998,7 @@ STYLE = """
   --band: #232329; --good: #7fd6a4; --bad: #ff9c94; --link: #8fc1ff; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+  font: 16px/1.55 Arial, Helvetica, "Liberation Sans", sans-serif; }
 article { max-width: 74rem; margin: 0 auto; padding: 1rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
@@ -999,13 +1013,13 @@ nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; list-style: none; pa
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 """
 
-# %% ../nbs/77_report.ipynb #d84aa239
+# %% ../nbs/77_report.ipynb #c20ea24b
 STYLE += """
 figure { margin: 0; }
 .panels figure { border: 1px solid var(--line); padding: .8rem; }
 figcaption strong { display: block; overflow-wrap: anywhere; }
 .panels figcaption { font-size: .92rem; margin-bottom: .6rem; }
-.panels img { display: block; width: 100%; max-width: 30rem; height: auto; background: #fff; padding: .3rem; }
+.panels img { display: block; width: 100%; max-width: 27rem; height: auto; background: #fff; padding: .3rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
@@ -1013,10 +1027,11 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .8rem; border-bot
 td { overflow-wrap: anywhere; min-width: 4.5rem; }
 thead th { border-bottom: 2px solid var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+.cards.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
 .cards figure { border: 1px solid var(--line); padding: .6rem; font-size: .88rem; }
 .cards .row { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .4rem; }
 .cards .row span { display: block; text-align: center; font-size: .8rem; color: var(--soft); }
-.cards img { display: block; width: 96px; height: auto; image-rendering: pixelated; border: 1px solid var(--line); }
+.cards img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; border: 1px solid var(--line); }
 footer { color: var(--soft); font-size: .9rem; border-top: 1px solid var(--line); margin-top: 3rem; }
 @media print { :root { --ink: #000; --soft: #333; --ground: #fff; --line: #999; --band: #f3f3f6; --good: #14613a;
   --bad: #a11a1a; --link: #000; } nav { display: none; } body { font-size: 10pt; }
@@ -1024,7 +1039,7 @@ footer { color: var(--soft); font-size: .9rem; border-top: 1px solid var(--line)
   .panels, .cards { grid-template-columns: 1fr 1fr; } }
 """
 
-# %% ../nbs/77_report.ipynb #02df0b67
+# %% ../nbs/77_report.ipynb #e1e938b3
 PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -1050,7 +1065,7 @@ PAGE = """<!doctype html>
 <thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in t.rows %}<tr><th scope="row">{{ row[0] }}</th>{% for c in row[1:] %}<td>{{ c }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endfor %}
-{% for title, cards in s.cards %}<h3>{{ title }}</h3><div class="cards">{% for c in cards %}<figure><div class="row">
+{% for title, cards in s.cards %}<h3>{{ title }}</h3><div class="cards{{ ' large' if cards[0].pictures|length > 3 }}">{% for c in cards %}<figure><div class="row">
 {% for label, alt, uri in c.pictures %}<div><img src="{{ uri }}" alt="{{ alt }}"><span>{{ label }}</span></div>
 {% endfor %}</div><figcaption>{% for line in c.lines %}{{ line }}<br>{% endfor %}</figcaption></figure>
 {% endfor %}</div>{% endfor %}
@@ -1059,7 +1074,7 @@ PAGE = """<!doctype html>
 </article></main></body></html>
 """
 
-# %% ../nbs/77_report.ipynb #0a342610
+# %% ../nbs/77_report.ipynb #f808c6f3
 def lacking_words(subjects: list[Subject]) -> list[str]:
     "What the page does not show, and what is needed for it."
     said = []
@@ -1079,7 +1094,8 @@ def sections_of(
     count: int = 12,  # pictures of each kind
 ) -> list[Section]:
     "All sections that there is something for."
-    with plt.rc_context():
+    with plt.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the text stays text, and the reader's fonts draw it
         paper()
         made = [comparison_section(subjects, records), attack_section(subjects), check_section(subjects),
                 curve_section(subjects), class_section(subjects), picture_section(subjects, count),
@@ -1105,7 +1121,7 @@ class Report:
         return (f'<iframe title="report" srcdoc="{html.escape(self.html)}" sandbox width="100%" height="800" '
                 'style="border: 1px solid #888; background: #fff"></iframe>')
 
-# %% ../nbs/77_report.ipynb #9078870c
+# %% ../nbs/77_report.ipynb #afecc215
 LARGEST = 5_000_000  # bytes of a page
 
 
@@ -1124,13 +1140,18 @@ def models_of(
     return dict(zip(names, given))
 
 
-def names_of(records: list[dict]) -> list[str]:
+def names_of(
+    records: list[dict],
+    models: list,  # those that are there
+) -> list[str]:
     "A name for each record; two of the same name are numbered."
-    plainly = [str(r.get("method") or r.get("model") or "the model") for r in records]
+    called = [getattr(model, "__name__", type(model).__name__) for model in models]
+    called = called if len(called) == len(records) else ["the model"] * len(records)
+    plainly = [str(r.get("method") or r.get("model") or name) for r, name in zip(records, called)]
     return [f"{name} ({plainly[: i + 1].count(name)})" if plainly.count(name) > 1 else name
             for i, name in enumerate(plainly)]
 
-# %% ../nbs/77_report.ipynb #4577283b
+# %% ../nbs/77_report.ipynb #b6c5ca90
 def rendered(
     subjects: list[Subject],
     records: dict,  # name to a record or a list of them
@@ -1159,17 +1180,17 @@ def report(
     by_name = isinstance(record, dict) and all(isinstance(each, (dict, list)) for each in record.values())
     records = record if by_name else None
     given = list(record) if isinstance(record, (list, tuple)) else [record]
-    records = records or dict(zip(names_of(given), given))
+    some = [m for m in (model if isinstance(model, (list, tuple)) else [model]) if callable(m)]
+    records = records or dict(zip(names_of(given, some), given))
     if not records:
         raise ValueError("there are no records to report on: expected one or more")
     models = models_of(model, [*records])
     firsts = {name: seeds if isinstance(seeds, dict) else seeds[0] for name, seeds in records.items()}
-    of = colours(records)
-    some = next((m for m in models.values() if m is not None), None)
+    of, known = colours(records), [m for m in models.values() if m is not None]
     if dataset is not None and not isinstance(dataset, Dataset):
-        if some is None:
+        if not known:
             raise ValueError("a data set without a model must be a Dataset, as load_dataset gives it")
-        dataset = as_dataset(dataset, as_module(some))
+        dataset = as_dataset(dataset, as_module(known[0]))
     subjects = [subject(name, first, models[name], dataset, colour=of[name] if len(records) > 1 else CLEAN,
                         seeds=1 if isinstance(records[name], dict) else len(records[name]))
                 for name, first in firsts.items()]
