@@ -26,8 +26,7 @@ def spread(
     d: np.ndarray,  # (S, N): per seed and image, A minus B, from -1 to 1
 ) -> tuple[float, float]:  # variance of the mean; degrees of freedom
     "How far the mean difference may be off: over images and, where there are several seeds, over these."
-    d = np.pad(d, ((0, 0), (0, 2)), constant_values=((0, 0), (-1, 1)))  # as if two images more
-    d[:, -2] = 1
+    d = np.concatenate([d, np.tile([1.0, -1.0], (len(d), 1))], 1)  # as if two images more
     (s, n), per_image, per_seed = d.shape, d.mean(0), d.mean(1)
     images = per_image.var(ddof=1) / n
     if s == 1:
@@ -131,7 +130,7 @@ def matched(
 class Comparison:
     "Models compared on the same images: a row a pair and metric."
 
-    rows: pd.DataFrame  # metric, a, b, accuracy_a, accuracy_b, images, seeds; what `paired` gives; adjusted: p by `holm`
+    rows: pd.DataFrame  # metric, a, b, accuracy_a, accuracy_b, images, seeds; what `paired` gives; adjusted: by `holm`
     notes: list[str] = field(default_factory=list)  # what to know of it
 
 # %% ../nbs/69_comparison.ipynb #69a00032

@@ -6,14 +6,14 @@
 __all__ = ['MEANINGS', 'FACTORS', 'SHARPEST', 'SIDE', 'MIDDLE', 'STYLE', 'PAGE', 'LARGEST', 'one_record', 'budget_words',
            'setting_of', 'listed', 'label_of', 'first_answer', 'second_answer', 'meanings', 'ladder', 'ladder_budgets',
            'looked_at', 'Look', 'prototypes_of', 'look_at', 'look', 'Subject', 'subject', 'Table', 'Panel', 'Section',
-           'plain', 'data_uri', 'drawn', 'paper', 'attack_rows', 'plot_attacks', 'finished', 'plot_curve',
+           'plain', 'data_uri', 'drawn', 'paper', 'attack_rows', 'finished', 'plot_attacks', 'plot_curve',
            'end_of_curve', 'by_class', 'plot_classes', 'confusion', 'busiest', 'mistakes', 'plot_matrix',
-           'confidence_of', 'calibration', 'plot_reliability', 'plot_spread', 'lead_of', 'plot_plane', 'distances_of',
+           'confidence_of', 'calibration', 'plot_reliability', 'lead_of', 'plot_spread', 'plot_plane', 'distances_of',
            'plot_distances', 'pullers', 'png_of', 'pieces', 'Card', 'sureness', 'card_of', 'extremes', 'several',
-           'attack_section', 'check_section', 'curve_section', 'class_section', 'matrix_panels', 'limits_of',
+           'attack_section', 'check_section', 'curve_section', 'matrix_panels', 'class_section', 'limits_of',
            'confidence_section', 'prototype_section', 'picture_section', 'disagreements', 'unlike_card',
            'comparison_section', 'command_of', 'provenance_section', 'lacking_words', 'sections_of', 'Report',
-           'models_of', 'names_of', 'rendered', 'report']
+           'models_of', 'names_of', 'rendered', 'subjects_of', 'report']
 
 # %% ../nbs/77_report.ipynb #b3b482d8
 import base64
@@ -59,7 +59,7 @@ def one_record(
                          "written, or the record of a run")
     return record
 
-# %% ../nbs/77_report.ipynb #17a6f416
+# %% ../nbs/77_report.ipynb #09692bd2
 def budget_words(
     budget: float,
     eps: float,  # the budget of the record
@@ -71,7 +71,7 @@ def budget_words(
         return f"{budget * 255:.3g}/255"
     return f"{budget:.3g}"
 
-
+# %% ../nbs/77_report.ipynb #b91596da
 def setting_of(record: dict) -> dict | None:  # eps, norm; None: nothing was attacked
     "The largest budget of a record's attacks."
     attacks = [m["attack"] for m in record["metrics"].values() if "attack" in m]
@@ -80,7 +80,7 @@ def setting_of(record: dict) -> dict | None:  # eps, norm; None: nothing was att
     largest = max(attacks, key=lambda attack: attack["eps"])
     return dict(eps=float(largest["eps"]), norm=str(largest.get("norm", "linf")))
 
-# %% ../nbs/77_report.ipynb #fb950b2c
+# %% ../nbs/77_report.ipynb #b53813a9
 def listed(words: list[str]) -> str:
     "Words with commas, and *and* before the last."
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
@@ -90,7 +90,7 @@ def label_of(metric: str) -> str:
     "What an attack is called in a text."
     return LABELS.get(metric, str(metric))
 
-
+# %% ../nbs/77_report.ipynb #343d8f71
 def first_answer(
     record: dict,  # see `one_record`
 ) -> str:
@@ -136,7 +136,7 @@ MEANINGS = {
     "square": "A search without gradients breaks images that attacks with them do not: the gradient is hidden.",
 }
 
-# %% ../nbs/77_report.ipynb #0b77c8cf
+# %% ../nbs/77_report.ipynb #6ba35574
 def second_answer(
     record: dict,  # see `one_record`
 ) -> str:
@@ -153,7 +153,7 @@ def second_answer(
     return (f"Nothing speaks against this number: {run} checks that look for false robustness were run, and none "
             f"failed{left}.")
 
-
+# %% ../nbs/77_report.ipynb #17512fb2
 def meanings(record: dict) -> list[tuple[str, str]]:  # name, and what it means
     "The checks that failed, in words."
     return [(c["name"], f"Found: {c['found']}; expected: {c['expected']}. {MEANINGS.get(c['name'], '')}".strip())
@@ -183,7 +183,7 @@ def ladder(
         broken_at[rows[found.broken]] = budget
     return broken_at, x_adv
 
-# %% ../nbs/77_report.ipynb #44811eee
+# %% ../nbs/77_report.ipynb #13464172
 FACTORS = (0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 4)
 
 
@@ -196,7 +196,7 @@ def ladder_budgets(
     grey = grey_budget(norm, pixels)
     return sorted({min(eps * factor, grey) for factor in FACTORS} | {eps})
 
-
+# %% ../nbs/77_report.ipynb #f6673a6a
 def looked_at(
     record: dict,  # see `one_record`
     dataset: Dataset,
@@ -223,14 +223,14 @@ class Look:
     features: tuple | None = None  # clean and attacked, each (M, d); None: there are no prototypes
     prototypes: np.ndarray | None = None  # (K, d)
 
-# %% ../nbs/77_report.ipynb #b9072a12
+# %% ../nbs/77_report.ipynb #44b0baa6
 def prototypes_of(model) -> torch.Tensor | None:  # (K, d)
     "The prototypes of a model, if it has some."
     inner = unwrapped(model)
     found = getattr(getattr(inner, "head", None), "prototypes", None)
     return found.detach() if torch.is_tensor(found) and callable(getattr(inner, "features", None)) else None
 
-
+# %% ../nbs/77_report.ipynb #f52f1c5e
 def look_at(
     still,  # a `Still`
     judge,  # the model as it was given
@@ -278,7 +278,7 @@ def look(
     return Look(places, dataset.y_test[places], **found, budgets=budgets, features=both,
                 prototypes=None if weights is None else weights.float().cpu().numpy())
 
-# %% ../nbs/77_report.ipynb #89a9d89f
+# %% ../nbs/77_report.ipynb #aae9da19
 @dataclass
 class Subject:
     "One model of a report."
@@ -290,9 +290,11 @@ class Subject:
     seeds: int = 1  # records that there are of it; the first is shown
     right: dict = field(default_factory=dict)  # metric to (N,) bool, of the record's images; empty: it has no verdicts
     colour: tuple = CLEAN  # in pictures of several models
+    marker: str = "o"
+    line: str = "-"
     seconds: float = 0.0  # that the look took
 
-
+# %% ../nbs/77_report.ipynb #a4d476ab
 def subject(
     name: str,
     record: dict,  # from `evaluate`, or of a run
@@ -308,7 +310,7 @@ def subject(
     seen = None if model is None or dataset is None or setting_of(record) is None else look(model, dataset, record)
     return Subject(name, record, dataset, seen, right=right, seconds=time.monotonic() - began, **more)
 
-# %% ../nbs/77_report.ipynb #f63459a3
+# %% ../nbs/77_report.ipynb #8eec0113
 @dataclass
 class Table:
     "A table of a report: the first cell of a row is its head."
@@ -317,7 +319,7 @@ class Table:
     head: list[str]
     rows: list[list[str]]
 
-
+# %% ../nbs/77_report.ipynb #b5d0ee15
 @dataclass
 class Panel:
     "A picture of a report."
@@ -327,7 +329,7 @@ class Panel:
     alt: str  # what is to be seen
     source: str  # a data URI
 
-
+# %% ../nbs/77_report.ipynb #5f1b4db8
 @dataclass
 class Section:
     "A section of a report."
@@ -339,7 +341,7 @@ class Section:
     cards: list = field(default_factory=list)  # groups of images: title, and a list of `Card`s
     terms: list = field(default_factory=list)  # pairs of a word and what it means
 
-
+# %% ../nbs/77_report.ipynb #2e940e8c
 def plain(
     words,  # of others, such as the name of a class
     most: int = 60,  # characters
@@ -348,7 +350,7 @@ def plain(
     line = " ".join("".join(c if c.isprintable() else " " for c in str(words)).split())
     return line if len(line) <= most else f"{line[:most - 1]}…"
 
-# %% ../nbs/77_report.ipynb #7cdcab68
+# %% ../nbs/77_report.ipynb #59e0a049
 SHARPEST = 150_000  # bytes of SVG: a larger picture becomes PNG
 
 
@@ -369,7 +371,7 @@ def drawn(
     plt.close(figure)
     return data_uri(file.getvalue(), kind)
 
-
+# %% ../nbs/77_report.ipynb #db4dea86
 def paper():
     "The look of a report's figures; changes matplotlib's settings, so call it inside `plt.rc_context()`."
     theme()
@@ -378,7 +380,7 @@ def paper():
                          "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "axes.titlesize": 10,
                          "figure.figsize": (3.9, 2.8), "figure.constrained_layout.use": True})
 
-# %% ../nbs/77_report.ipynb #67fe7405
+# %% ../nbs/77_report.ipynb #f173a78b
 def attack_rows(
     subjects: list[Subject],
 ) -> list[list[str]]:
@@ -395,24 +397,6 @@ def attack_rows(
                 rows.append([f"… after {plain(stage)}"] + lead[1:] + [f"{left:.1f}", "", "", "", ""])
     return rows
 
-
-def plot_attacks(
-    subjects: list[Subject],
-):
-    "Accuracies with their intervals: a figure."
-    metrics = [*dict.fromkeys(m for s in subjects for m in s.record["metrics"])]
-    figure, ax = plt.subplots(figsize=(3.9, 1 + 0.3 * len(metrics) * (0.6 + 0.4 * len(subjects))))
-    for i, s in enumerate(subjects):
-        rows = [(k, s.record["metrics"][m]) for k, m in enumerate(metrics) if m in s.record["metrics"]]
-        places = np.array([k for k, _ in rows]) + 0.6 * ((i + 0.5) / len(subjects) - 0.5)
-        accuracy, low, high = (np.array([m[key] for _, m in rows]) for key in ("accuracy", "low", "high"))
-        reach = np.clip([accuracy - low, high - accuracy], 0, None)
-        ax.errorbar(accuracy, places, xerr=reach, fmt="o", ms=5, color=s.colour, label=plain(s.name, 24))
-    ax.set(yticks=range(len(metrics)), yticklabels=[label_of(m) for m in metrics], xlim=(-3, 103),
-           xlabel="accuracy (%)")
-    ax.invert_yaxis()
-    return finished(figure, subjects)
-
 # %% ../nbs/77_report.ipynb #101bb414
 def finished(
     figure,
@@ -425,7 +409,25 @@ def finished(
     sns.despine(figure)
     return figure
 
-# %% ../nbs/77_report.ipynb #9689dc5c
+# %% ../nbs/77_report.ipynb #3ac38cd2
+def plot_attacks(
+    subjects: list[Subject],
+):
+    "Accuracies with their intervals: a figure."
+    metrics = [*dict.fromkeys(m for s in subjects for m in s.record["metrics"])]
+    figure, ax = plt.subplots(figsize=(3.9, 1 + 0.3 * len(metrics) * (0.6 + 0.4 * len(subjects))))
+    for i, s in enumerate(subjects):
+        rows = [(k, s.record["metrics"][m]) for k, m in enumerate(metrics) if m in s.record["metrics"]]
+        places = np.array([k for k, _ in rows]) + 0.6 * ((i + 0.5) / len(subjects) - 0.5)
+        accuracy, low, high = (np.array([m[key] for _, m in rows]) for key in ("accuracy", "low", "high"))
+        reach = np.clip([accuracy - low, high - accuracy], 0, None)
+        ax.errorbar(accuracy, places, xerr=reach, fmt=s.marker, ms=5, color=s.colour, label=plain(s.name, 24))
+    ax.set(yticks=range(len(metrics)), yticklabels=[label_of(m) for m in metrics], xlim=(-3, 103),
+           xlabel="accuracy (%)")
+    ax.invert_yaxis()
+    return finished(figure, subjects)
+
+# %% ../nbs/77_report.ipynb #3c66c6a7
 def plot_curve(
     subjects: list[Subject],
     key: str,  # "curve": accuracy against the budget; "path": against steps
@@ -435,8 +437,8 @@ def plot_curve(
     across, up = dict(curve=("eps", "accuracy"), path=("steps", "standing"))[key]
     for s in subjects:
         found = s.record[key]
-        ax.plot(found[across], found[up], marker="o" if key == "curve" else None, ms=4, color=s.colour,
-                label=plain(s.name, 24))
+        ax.plot(found[across], found[up], marker=s.marker if key == "curve" else None, ms=4, ls=s.line,
+                color=s.colour, label=plain(s.name, 24))
     at = setting_of(subjects[0].record)
     mark = at["eps"] if key == "curve" else subjects[0].record["path"]["steps"][-1] / 2
     ax.axvline(mark, color="0.45", ls=":", lw=1)
@@ -450,20 +452,21 @@ def plot_curve(
         ax.set_xlabel("budget, logarithmic from twice the record's")
     return finished(figure, subjects)
 
-
+# %% ../nbs/77_report.ipynb #c5bb7c51
 def end_of_curve(s: Subject) -> str:
     "Where the curve of a model ends, and what that means."
     eps, accuracy = s.record["curve"]["eps"][-1], s.record["curve"]["accuracy"][-1]
-    budget = f"at the largest budget, {eps:.3g}, {accuracy:.1f}% survive"
+    budget = f"At the largest budget, {eps:.3g}, {accuracy:.1f}% survive"
     if accuracy <= 2:
         return f"{budget}, as it must be: every image can be broken if enough is allowed."
     passed = next((c["passed"] for c in s.record.get("checks", []) if c["name"] == "budget"), None)
     why = {True: "what is left is no more than one gets by always saying the same, so this is no sign of a fault.",
            False: "what is left is more than one gets by always saying the same: the attack does not work.",
            None: "what is left must not be more than one gets by always saying the same."}[passed]
-    return f"{budget}. The curve does not end near zero. With this budget any image can be turned into plain grey; {why}"
+    return (f"{budget}. The curve does not end near zero. With this budget any image can be turned into plain grey; "
+            f"{why}")
 
-# %% ../nbs/77_report.ipynb #e44a29dd
+# %% ../nbs/77_report.ipynb #52763749
 def by_class(
     s: Subject,  # with verdicts and a data set
 ) -> list[dict]:  # name, n, clean, robust (per cent), the most fragile class first
@@ -476,7 +479,7 @@ def by_class(
             for k in np.unique(labels)]
     return sorted(rows, key=lambda row: (row["robust"], row["clean"]))
 
-
+# %% ../nbs/77_report.ipynb #e6c57cb3
 def plot_classes(
     rows: list[dict],  # from `by_class`
 ):
@@ -490,7 +493,7 @@ def plot_classes(
     ax.invert_yaxis()
     return finished(figure, rows)
 
-# %% ../nbs/77_report.ipynb #7ff2fbda
+# %% ../nbs/77_report.ipynb #c00cf61b
 def confusion(
     labels: np.ndarray,  # (M,)
     said: np.ndarray,  # (M,) classes
@@ -499,13 +502,13 @@ def confusion(
     "How often each class is taken for each."
     return np.bincount(labels * num_classes + said, minlength=num_classes**2).reshape(num_classes, -1)
 
-
+# %% ../nbs/77_report.ipynb #931533f0
 def busiest(matrix: np.ndarray, most: int = 12) -> np.ndarray:  # classes, in their order
     "The classes that are mistaken, or are mistaken for, most often."
     off = matrix - np.diag(np.diag(matrix))
     return np.sort(np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:most])
 
-
+# %% ../nbs/77_report.ipynb #ac68a837
 def mistakes(
     matrix: np.ndarray,  # (K, K), from `confusion`
     names,  # of the classes
@@ -517,7 +520,7 @@ def mistakes(
     return [f"{plain(names[i], 24)} for {plain(names[j], 24)} ({off[i, j]} of {matrix[i].sum()})"
             for i, j in places if off[i, j]]
 
-
+# %% ../nbs/77_report.ipynb #0613a81f
 def plot_matrix(
     matrix: np.ndarray,  # (K, K)
     names: list[str],
@@ -532,14 +535,14 @@ def plot_matrix(
     ax.tick_params(axis="x", rotation=90 if max(map(len, names)) > 2 else 0)
     return figure
 
-# %% ../nbs/77_report.ipynb #3d891dd0
+# %% ../nbs/77_report.ipynb #1d0e4fa9
 def confidence_of(
     logits: torch.Tensor,  # (M, K)
 ) -> np.ndarray:  # (M,) of the class that is said, 0 to 1
     "How sure a model is."
     return logits.double().softmax(1).amax(1).numpy()
 
-
+# %% ../nbs/77_report.ipynb #4201d596
 def calibration(
     logits: torch.Tensor,  # (M, K)
     labels: np.ndarray,  # (M,)
@@ -554,7 +557,7 @@ def calibration(
     return dict(confidence=sure, accuracy=true, n=n[n > 0],
                 ece=float(100 * (n[n > 0] * np.abs(sure - true)).sum() / len(labels)))
 
-# %% ../nbs/77_report.ipynb #3e6918d2
+# %% ../nbs/77_report.ipynb #4b7f2243
 def plot_reliability(s: Subject):  # with a look
     "Accuracy against confidence, clean and attacked: a figure."
     figure, ax = plt.subplots(figsize=(3.9, 3.3))
@@ -571,7 +574,12 @@ def plot_reliability(s: Subject):  # with a look
     sns.despine(figure)
     return figure
 
+# %% ../nbs/77_report.ipynb #9cd93664
+def lead_of(logits, labels) -> np.ndarray:  # (M,), negative where an image is misclassified
+    "By how much the true class leads the best other one."
+    return -margin(logits, torch.as_tensor(labels)).numpy()
 
+# %% ../nbs/77_report.ipynb #78a1e1a6
 def plot_spread(
     s: Subject,  # with a look
     of,  # (logits, labels) to a number an image
@@ -588,11 +596,6 @@ def plot_spread(
     ax.legend(frameon=False)
     sns.despine(figure)
     return figure
-
-
-def lead_of(logits, labels) -> np.ndarray:  # (M,), negative where an image is misclassified
-    "By how much the true class leads the best other one."
-    return -margin(logits, torch.as_tensor(labels)).numpy()
 
 # %% ../nbs/77_report.ipynb #6760ff0c
 def plot_plane(
@@ -618,12 +621,12 @@ def plot_plane(
            aspect="equal")
     return figure
 
-# %% ../nbs/77_report.ipynb #11a34cb7
+# %% ../nbs/77_report.ipynb #267e3f50
 def distances_of(s: Subject) -> list[tuple]:  # for clean and attacked: (M,) to the own, (M,) to the nearest other
     "How far features are from prototypes."
     return [own_and_rival(f, s.look.prototypes, s.look.labels) for f in s.look.features]
 
-
+# %% ../nbs/77_report.ipynb #612d0b69
 def plot_distances(s: Subject):  # with features
     "Distance to the nearest other prototype against distance to the own: a figure."
     figure, ax = plt.subplots(figsize=(3.9, 3.7))
@@ -655,7 +658,7 @@ def pullers(
                                  ", ".join(first) or "–"]))
     return [row for _, row in sorted(rows, key=lambda row: -row[0])]
 
-# %% ../nbs/77_report.ipynb #8217f7c5
+# %% ../nbs/77_report.ipynb #a6797706
 SIDE, MIDDLE = 64, 32  # pixels: the largest image that is shown whole, and how much of a larger one
 
 
@@ -672,7 +675,7 @@ def png_of(
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG", optimize=True)
     return data_uri(file.getvalue(), "png")
 
-
+# %% ../nbs/77_report.ipynb #72adc68d
 def pieces(
     image: np.ndarray,  # (H, W, C)
 ) -> tuple:  # an overview, or None; what is shown enlarged
@@ -684,7 +687,7 @@ def pieces(
     top, left = max(0, (h - MIDDLE) // 2), max(0, (w - MIDDLE) // 2)
     return image[::step, ::step], image[top : top + MIDDLE, left : left + MIDDLE]
 
-# %% ../nbs/77_report.ipynb #54602fbc
+# %% ../nbs/77_report.ipynb #5eef53fe
 @dataclass
 class Card:
     "An image, what an attack makes of it, and what a model says of both."
@@ -692,13 +695,13 @@ class Card:
     pictures: list  # of (label, text for those who do not see it, data URI)
     lines: list[str]
 
-
+# %% ../nbs/77_report.ipynb #7b53cba9
 def sureness(logits, names) -> str:
     "What a model says, and how sure it is."
     k = int(logits.argmax())
     return f"{plain(names[k], 24)} ({100 * confidence_of(logits[None])[0]:.0f}%)"
 
-
+# %% ../nbs/77_report.ipynb #da68b08a
 def card_of(
     s: Subject,  # with a look
     i: int,  # place in the look
@@ -709,9 +712,11 @@ def card_of(
     moved = pieces(seen.moved[i].float().permute(1, 2, 0).numpy())[1]
     factor = 0.5 / max(float(np.abs(moved).max()), 1e-6)
     factor = math.floor(factor) if factor >= 10 else math.floor(10 * factor) / 10
-    true, before, after = plain(names[seen.labels[i]], 24), sureness(seen.clean[i], names), sureness(seen.said[i], names)
-    pictures = [("clean", f"the image, of class {true}", clean), ("attacked", f"attacked: taken for {after}", clean + moved),
-                (f"difference ×{factor:g}", f"the difference, {factor:g} times enlarged, on grey", 0.5 + factor * moved)]
+    before, after = (sureness(logits, names) for logits in (seen.clean[i], seen.said[i]))
+    true, times = plain(names[seen.labels[i]], 24), f"{factor:g}"
+    pictures = [("clean", f"the image, of class {true}", clean),
+                ("attacked", f"attacked: taken for {after}", clean + moved),
+                (f"difference ×{times}", f"the difference, {times} times enlarged, on grey", 0.5 + factor * moved)]
     if overview is not None:
         pictures.insert(0, ("overview", f"the whole image, of class {true}", overview))
     broken, last = seen.broken_at[i], budget_words(seen.budgets[-1], at["eps"], at["norm"])
@@ -733,12 +738,12 @@ def extremes(
     first = [i for i in order[:half] if math.isfinite(s.look.broken_at[i])]
     return first, [i for i in order[::-1] if i not in first][:count]
 
-# %% ../nbs/77_report.ipynb #35f9d592
+# %% ../nbs/77_report.ipynb #0a34faa0
 def several(subjects: list[Subject], title: str, s: Subject) -> str:
     "A title, with the model's name if there are several."
     return f"{plain(s.name, 40)}: {title[0].lower()}{title[1:]}" if len(subjects) > 1 else title
 
-
+# %% ../nbs/77_report.ipynb #06d349ca
 def attack_section(subjects: list[Subject]) -> Section:
     "Every attack."
     head = ["attack"] + ["model"] * (len(subjects) > 1)
@@ -759,7 +764,7 @@ def attack_section(subjects: list[Subject]) -> Section:
                     "further left is easier to break.", alt, drawn(plot_attacks(subjects)))
     return Section("Attacks", said, [picture], [Table("Accuracy under each attack", head, rows)])
 
-
+# %% ../nbs/77_report.ipynb #f3720de7
 def check_section(subjects: list[Subject]) -> Section | None:
     "Every check and its outcome."
     tables = []
@@ -771,7 +776,7 @@ def check_section(subjects: list[Subject]) -> Section | None:
             "number; passing all proves nothing, but false defences that are known fail at least one."]
     return Section("Checks", said, tables=tables) if tables else None
 
-# %% ../nbs/77_report.ipynb #ad8a8182
+# %% ../nbs/77_report.ipynb #ef8b9c4e
 def curve_section(subjects: list[Subject]) -> Section | None:
     "Accuracy against budget and steps."
     having = [s for s in subjects if s.record.get("curve") and s.record.get("path")]
@@ -788,28 +793,9 @@ def curve_section(subjects: list[Subject]) -> Section | None:
               Panel("Accuracy against steps", "The curve must be flat right of the dotted line, where the record's "
                     "attack stops; if it still falls, that one stopped too early.", ends,
                     drawn(plot_curve(having, "path")))]
-    said = [f"Under PGD, on {listed([str(k) for k in sorted(n)])} images."] + [several(subjects, f"At the {end_of_curve(s)[7:]}", s) for s in having]
+    said = [f"Under PGD, on {listed([str(k) for k in sorted(n)])} images."]
+    said += [several(subjects, end_of_curve(s), s) for s in having]
     return Section("Budget and steps", said, panels)
-
-
-def class_section(subjects: list[Subject], most: int = 40) -> Section | None:
-    "Accuracy of each class, and what attacked images are taken for."
-    section = Section("Classes")
-    for s in (s for s in subjects if s.right and s.data):
-        rows = by_class(s)
-        ends = rows if len(rows) <= most else rows[: most // 2] + rows[-(most // 2):]
-        if len(rows) > most:
-            section.said.append(f"Of {len(rows)} classes, the {most // 2} that are broken most and least are shown.")
-        alt = ", ".join(f"{row['name']} {row['clean']:.0f}% to {row['robust']:.0f}%" for row in ends[:12])
-        section.panels.append(Panel(
-            several(subjects, "Clean and worst-case accuracy of each class", s), "A line leads from a class's accuracy "
-            "on clean images to that in the worst case; the class that is broken most is at the top.", alt,
-            drawn(plot_classes(ends))))
-        section.tables.append(Table(
-            several(subjects, "Accuracy of each class", s), ["class", "images", "clean (%)", "worst case (%)"],
-            [[row["name"], str(row["n"]), f"{row['clean']:.1f}", f"{row['robust']:.1f}"] for row in ends]))
-    section.panels += [panel for s in subjects if s.look and s.data for panel in matrix_panels(subjects, s)]
-    return section if section.panels else None
 
 # %% ../nbs/77_report.ipynb #a0b03e92
 def matrix_panels(subjects: list[Subject], s: Subject) -> list[Panel]:
@@ -826,14 +812,36 @@ def matrix_panels(subjects: list[Subject], s: Subject) -> list[Panel]:
         f"Most frequent mistakes: {', '.join(most)}." if most else "No image is taken for another class.",
         drawn(plot_matrix(matrix[np.ix_(shown, shown)], [names[k] for k in shown])))]
 
-# %% ../nbs/77_report.ipynb #e2cacaef
+# %% ../nbs/77_report.ipynb #7c902380
+def class_section(subjects: list[Subject], most: int = 40) -> Section | None:
+    "Accuracy of each class, and what attacked images are taken for."
+    section, order = Section("Classes"), []
+    for s in (s for s in subjects if s.right and s.data):
+        rows = by_class(s)
+        order = order or [row["name"] for row in rows]  # that of the first model, for all
+        rows.sort(key=lambda row: order.index(row["name"]))
+        ends = rows if len(rows) <= most else rows[: most // 2] + rows[-(most // 2):]
+        if len(rows) > most:
+            section.said.append(f"Of {len(rows)} classes, the {most // 2} that are broken most and least are shown.")
+        alt = ", ".join(f"{row['name']} {row['clean']:.0f}% to {row['robust']:.0f}%" for row in ends[:12])
+        section.panels.append(Panel(
+            several(subjects, "Clean and worst-case accuracy of each class", s), "A line leads from a class's accuracy "
+            "on clean images to that in the worst case; the class that is broken most is at the top.", alt,
+            drawn(plot_classes(ends))))
+        section.tables.append(Table(
+            several(subjects, "Accuracy of each class", s), ["class", "images", "clean (%)", "worst case (%)"],
+            [[row["name"], str(row["n"]), f"{row['clean']:.1f}", f"{row['robust']:.1f}"] for row in ends]))
+    section.panels += [panel for s in subjects if s.look and s.data for panel in matrix_panels(subjects, s)]
+    return section if section.panels else None
+
+# %% ../nbs/77_report.ipynb #ff57525d
 def limits_of(subjects: list[Subject]) -> tuple[float, float]:
     "The same axis of margins for all models."
     leads = np.concatenate([lead_of(z, s.look.labels) for s in subjects for z in (s.look.clean, s.look.attacked)])
     low, high = np.percentile(leads, [0.5, 99.5])
     return float(low), float(max(high, low + 1e-3))
 
-
+# %% ../nbs/77_report.ipynb #de66c620
 def confidence_section(subjects: list[Subject]) -> Section | None:
     "How sure the models are."
     having = [s for s in subjects if s.look]
@@ -850,8 +858,8 @@ def confidence_section(subjects: list[Subject]) -> Section | None:
             Panel(several(subjects, "Margin", s), "By how much the logit of the true class leads the best other one: "
                   "left of 0 an image is wrong.", f"Median margin {lead['clean']:.2f} clean, {lead['attacked']:.2f} "
                   "attacked.", drawn(plot_spread(s, lead_of, "margin", limits))),
-            Panel(several(subjects, "Reliability", s), "On the dotted line, confidence is honest; below it the model is "
-                  "too sure. Large dots are many images.", f"Expected calibration error {ece['clean']:.1f}% clean, "
+            Panel(several(subjects, "Reliability", s), "On the dotted line, confidence is honest; below it the model "
+                  "is too sure. Large dots are many images.", f"Expected calibration error {ece['clean']:.1f}% clean, "
                   f"{ece['attacked']:.1f}% attacked.", drawn(plot_reliability(s)))]
     said = [f"On {len(having[0].look.labels)} images, under PGD-10 with the record's budget. ECE, the expected "
             "calibration error, is the mean distance from the dotted line in the last picture."] if having else []
@@ -901,7 +909,7 @@ def picture_section(
                 section.cards.append((several(subjects, title, s), [card_of(s, i) for i in rows]))
     return section if section.cards else None
 
-# %% ../nbs/77_report.ipynb #b7e98e95
+# %% ../nbs/77_report.ipynb #469406c7
 def disagreements(
     a: Subject,
     b: Subject,
@@ -914,7 +922,7 @@ def disagreements(
     order = np.argsort(-np.abs(ahead), kind="stable")
     return [int(i) for i in order[:count] if ahead[i]]
 
-
+# %% ../nbs/77_report.ipynb #8b44625d
 def unlike_card(
     a: Subject,
     b: Subject,
@@ -955,7 +963,7 @@ def comparison_section(
             section.cards.append((f"Images on which {plain(a.name, 40)} and {plain(b.name, 40)} disagree most", unlike))
     return section
 
-# %% ../nbs/77_report.ipynb #5e81e49e
+# %% ../nbs/77_report.ipynb #1081d09b
 def command_of(record: dict) -> str:  # see `one_record`
     "The command that makes a record again."
     config, at = record.get("config"), setting_of(record)
@@ -970,7 +978,7 @@ def command_of(record: dict) -> str:  # see `one_record`
     words += ["--eps", f"{at['eps']:.6g}", "--norm", at["norm"], "--attacks", attacks] if at else []
     return shlex.join([*words, "--images", str(record["n"]), "--seed", str(record.get("seed", 0))])
 
-
+# %% ../nbs/77_report.ipynb #1918ba70
 def provenance_section(subjects: list[Subject]) -> Section:
     "Weights, data, versions, device, seconds and commands."
     section = Section("Where this comes from")
@@ -990,7 +998,7 @@ def provenance_section(subjects: list[Subject]) -> Section:
         section.tables.append(Table(several(subjects, "Provenance", s), ["what", "value"], rows))
     return section
 
-# %% ../nbs/77_report.ipynb #8506df25
+# %% ../nbs/77_report.ipynb #45e1fbeb
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1e; --soft: #52525b; --ground: #fff; --line: #c9c9d1; --band: #f3f3f6;
   --good: #14613a; --bad: #a11a1a; --link: #0b57a4; }
@@ -1008,12 +1016,13 @@ a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; list-style: none; padding: 0; }
 .answer { border-left: .35rem solid var(--good); background: var(--band); padding: .6rem 1rem; margin: 1rem 0; }
 .answer.failed { border-color: var(--bad); }
+.answer h2 { border: 0; margin: 0; padding: 0; }
 .answer p { font-size: 1.12rem; max-width: 60rem; margin: .4rem 0; }
 .answer dt { font-weight: 600; color: var(--bad); }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 """
 
-# %% ../nbs/77_report.ipynb #c20ea24b
+# %% ../nbs/77_report.ipynb #69721972
 STYLE += """
 figure { margin: 0; }
 .panels figure { border: 1px solid var(--line); padding: .8rem; }
@@ -1024,7 +1033,8 @@ figcaption strong { display: block; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem; border-bottom: 1px solid var(--line); }
-td { overflow-wrap: anywhere; min-width: 4.5rem; }
+td { overflow-wrap: break-word; min-width: 4.5rem; max-width: 40rem; }
+@media screen and (max-width: 40rem) { .many table { min-width: 46rem; } }
 thead th { border-bottom: 2px solid var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 .cards.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
@@ -1039,12 +1049,12 @@ footer { color: var(--soft); font-size: .9rem; border-top: 1px solid var(--line)
   .panels, .cards { grid-template-columns: 1fr 1fr; } }
 """
 
-# %% ../nbs/77_report.ipynb #e1e938b3
+# %% ../nbs/77_report.ipynb #ad827f67
 PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title><style>{{ style }}</style></head>
+<title>{{ title }}</title><style>{{ style|safe }}</style></head>
 <body><main><article>
 <h1>{{ title }}</h1>
 {% for a in answers %}<div class="answer{{ ' failed' if a.bad }}">
@@ -1060,12 +1070,13 @@ PAGE = """<!doctype html>
 {% if s.panels %}<div class="panels">{% for p in s.panels %}<figure>
 <figcaption><strong>{{ p.title }}</strong>{{ p.reading }}</figcaption><img src="{{ p.source }}" alt="{{ p.alt }}">
 </figure>{% endfor %}</div>{% endif %}
-{% for t in s.tables %}<div class="wide" tabindex="0" role="region" aria-label="Table: {{ t.caption }}"><table>
+{% for t in s.tables %}<div class="wide{{ ' many' if t.head|length > 5 }}" tabindex="0" role="region" aria-label="Table: {{ t.caption }}"><table>
 <caption>{{ t.caption }}</caption>
 <thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in t.rows %}<tr><th scope="row">{{ row[0] }}</th>{% for c in row[1:] %}<td>{{ c }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endfor %}
-{% for title, cards in s.cards %}<h3>{{ title }}</h3><div class="cards{{ ' large' if cards[0].pictures|length > 3 }}">{% for c in cards %}<figure><div class="row">
+{% for title, cards in s.cards %}<h3>{{ title }}</h3>
+<div class="cards{{ ' large' if cards[0].pictures|length > 3 }}">{% for c in cards %}<figure><div class="row">
 {% for label, alt, uri in c.pictures %}<div><img src="{{ uri }}" alt="{{ alt }}"><span>{{ label }}</span></div>
 {% endfor %}</div><figcaption>{% for line in c.lines %}{{ line }}<br>{% endfor %}</figcaption></figure>
 {% endfor %}</div>{% endfor %}
@@ -1074,7 +1085,7 @@ PAGE = """<!doctype html>
 </article></main></body></html>
 """
 
-# %% ../nbs/77_report.ipynb #f808c6f3
+# %% ../nbs/77_report.ipynb #8533635d
 def lacking_words(subjects: list[Subject]) -> list[str]:
     "What the page does not show, and what is needed for it."
     said = []
@@ -1087,7 +1098,7 @@ def lacking_words(subjects: list[Subject]) -> list[str]:
                     "and the data set are needed for them, as advdpnp evaluate MODEL --report FILE has them.")
     return said
 
-
+# %% ../nbs/77_report.ipynb #6878abee
 def sections_of(
     subjects: list[Subject],
     records: dict,  # name to a record or a list of them
@@ -1121,7 +1132,7 @@ class Report:
         return (f'<iframe title="report" srcdoc="{html.escape(self.html)}" sandbox width="100%" height="800" '
                 'style="border: 1px solid #888; background: #fff"></iframe>')
 
-# %% ../nbs/77_report.ipynb #afecc215
+# %% ../nbs/77_report.ipynb #0d308931
 LARGEST = 5_000_000  # bytes of a page
 
 
@@ -1139,7 +1150,7 @@ def models_of(
         raise ValueError(f"there are {len(given)} models and {len(names)} records: expected one for each")
     return dict(zip(names, given))
 
-
+# %% ../nbs/77_report.ipynb #c3d01c19
 def names_of(
     records: list[dict],
     models: list,  # those that are there
@@ -1151,7 +1162,7 @@ def names_of(
     return [f"{name} ({plainly[: i + 1].count(name)})" if plainly.count(name) > 1 else name
             for i, name in enumerate(plainly)]
 
-# %% ../nbs/77_report.ipynb #b6c5ca90
+# %% ../nbs/77_report.ipynb #82e3c316
 def rendered(
     subjects: list[Subject],
     records: dict,  # name to a record or a list of them
@@ -1166,10 +1177,26 @@ def rendered(
     fewer = [f"Only {count} pictures of each kind are shown, to keep the page small."] if count < 12 else []
     seconds = f"This page took {time.monotonic() - began:.1f} seconds, and fetches nothing."
     return Environment(autoescape=True).from_string(PAGE).render(
-        title=f"How robust is {listed([plain(s.name) for s in subjects])} on {data}?", style=STYLE, answers=answers,
-        sections=sections, footer=[*lacking_words(subjects), *fewer, seconds])
+        title=f"How robust {'is' if len(subjects) == 1 else 'are'} {listed([plain(s.name) for s in subjects])} on "
+              f"{data}?", style=STYLE, answers=answers, sections=sections,
+        footer=[*lacking_words(subjects), *fewer, seconds])
 
+# %% ../nbs/77_report.ipynb #92c6065d
+def subjects_of(
+    records: dict,  # name to a record or a list of them, one a seed
+    models: dict,  # name to a model, or None
+    dataset: Dataset | None,
+) -> list[Subject]:
+    "The models of a report, each with a colour, a marker and a line of its own."
+    of, found = colours(records), []
+    for i, (name, seeds) in enumerate(records.items()):
+        seeds = [seeds] if isinstance(seeds, dict) else seeds
+        look = dict(marker="oDs^vPX"[i % 7], line=("-", "--", ":", "-.")[i % 4])
+        found.append(subject(name, seeds[0], models[name], dataset, seeds=len(seeds), **look,
+                             colour=of[name] if len(records) > 1 else CLEAN))
+    return found
 
+# %% ../nbs/77_report.ipynb #73b39679
 def report(
     record,  # from `evaluate` or of a run; a list of them, or a dictionary of names to records or lists of seeds
     model=None,  # that it is of, images in [0, 1] to logits; a list or a dictionary for several; None: records alone
@@ -1185,15 +1212,12 @@ def report(
     if not records:
         raise ValueError("there are no records to report on: expected one or more")
     models = models_of(model, [*records])
-    firsts = {name: seeds if isinstance(seeds, dict) else seeds[0] for name, seeds in records.items()}
-    of, known = colours(records), [m for m in models.values() if m is not None]
+    known = [m for m in models.values() if m is not None]
     if dataset is not None and not isinstance(dataset, Dataset):
         if not known:
             raise ValueError("a data set without a model must be a Dataset, as load_dataset gives it")
         dataset = as_dataset(dataset, as_module(known[0]))
-    subjects = [subject(name, first, models[name], dataset, colour=of[name] if len(records) > 1 else CLEAN,
-                        seeds=1 if isinstance(records[name], dict) else len(records[name]))
-                for name, first in firsts.items()]
+    subjects = subjects_of(records, models, dataset)
     for count in (12, 6, 3, 0):  # pictures, until the page is small enough
         page = rendered(subjects, records, count, began)
         if len(page.encode()) <= LARGEST:
