@@ -1049,7 +1049,7 @@ footer { color: var(--soft); font-size: .9rem; border-top: 1px solid var(--line)
   .panels, .cards { grid-template-columns: 1fr 1fr; } }
 """
 
-# %% ../nbs/77_report.ipynb #ad827f67
+# %% ../nbs/77_report.ipynb #042f35af
 PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -1070,7 +1070,9 @@ PAGE = """<!doctype html>
 {% if s.panels %}<div class="panels">{% for p in s.panels %}<figure>
 <figcaption><strong>{{ p.title }}</strong>{{ p.reading }}</figcaption><img src="{{ p.source }}" alt="{{ p.alt }}">
 </figure>{% endfor %}</div>{% endif %}
-{% for t in s.tables %}<div class="wide{{ ' many' if t.head|length > 5 }}" tabindex="0" role="region" aria-label="Table: {{ t.caption }}"><table>
+{% for t in s.tables %}
+<div class="wide{{ ' many' if t.head|length > 5 }}" tabindex="0" role="region" aria-label="Table: {{ t.caption }}">
+<table>
 <caption>{{ t.caption }}</caption>
 <thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in t.rows %}<tr><th scope="row">{{ row[0] }}</th>{% for c in row[1:] %}<td>{{ c }}</td>{% endfor %}</tr>

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import advdpnp
+import advdpnp.report
 from advdpnp.cli import app
 from advdpnp.core import read_json, write_json
 from advdpnp.evaluation import evaluate, images_of, verdicts_in
@@ -173,6 +173,14 @@ def test_a_page_of_large_photographs_stays_small():
     record = evaluate(net, data, [advdpnp.FGSM(8 / 255)], check_images=2, quiet=True)
     text = report([record, record], [net, net], data).html
     assert 100_000 < len(text.encode()) <= LARGEST and "overview" in text
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_pictures(measured, digits, monkeypatch):
+    net, record = measured
+    whole = report(record, net, digits).html
+    monkeypatch.setattr(advdpnp.report, "LARGEST", len(whole.encode()) - 50_000)
+    text = report(record, net, digits).html
+    assert len(text.encode()) <= advdpnp.report.LARGEST and "Only 6 pictures of each kind" in text
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here: Debian's package chromium has it")
