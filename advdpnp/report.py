@@ -823,6 +823,9 @@ def class_section(subjects: list[Subject], most: int = 40) -> Section | None:
         ends = rows if len(rows) <= most else rows[: most // 2] + rows[-(most // 2):]
         if len(rows) > most:
             section.said.append(f"Of {len(rows)} classes, the {most // 2} that are broken most and least are shown.")
+        n = len(s.right.get("worst", s.right["clean"]))
+        few = n < s.record["n"]
+        section.said += [several(subjects, f"Counted are the {n:,} images that all attacks saw.", s)] if few else []
         alt = ", ".join(f"{row['name']} {row['clean']:.0f}% to {row['robust']:.0f}%" for row in ends[:12])
         section.panels.append(Panel(
             several(subjects, "Clean and worst-case accuracy of each class", s), "A line leads from a class's accuracy "
@@ -1034,7 +1037,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem; border-bottom: 1px solid var(--line); }
 td { overflow-wrap: break-word; min-width: 4.5rem; max-width: 40rem; }
-@media screen and (max-width: 40rem) { .many table { min-width: 46rem; } }
+@media screen and (max-width: 40rem) { .many table { min-width: 42rem; } }
 thead th { border-bottom: 2px solid var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 .cards.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
@@ -1071,7 +1074,7 @@ PAGE = """<!doctype html>
 <figcaption><strong>{{ p.title }}</strong>{{ p.reading }}</figcaption><img src="{{ p.source }}" alt="{{ p.alt }}">
 </figure>{% endfor %}</div>{% endif %}
 {% for t in s.tables %}
-<div class="wide{{ ' many' if t.head|length > 5 }}" tabindex="0" role="region" aria-label="Table: {{ t.caption }}">
+<div class="wide{{ ' many' if t.head|length > 3 }}" tabindex="0" role="region" aria-label="Table: {{ t.caption }}">
 <table>
 <caption>{{ t.caption }}</caption>
 <thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
@@ -1160,7 +1163,8 @@ def names_of(
     "A name for each record; two of the same name are numbered."
     called = [getattr(model, "__name__", type(model).__name__) for model in models]
     called = called if len(called) == len(records) else ["the model"] * len(records)
-    plainly = [str(r.get("method") or r.get("model") or name) for r, name in zip(records, called)]
+    last = lambda place: str(place or "").rstrip("/").rpartition("/")[2]  # of a path
+    plainly = [str(r.get("method") or last(r.get("model")) or name) for r, name in zip(records, called)]
     return [f"{name} ({plainly[: i + 1].count(name)})" if plainly.count(name) > 1 else name
             for i, name in enumerate(plainly)]
 
