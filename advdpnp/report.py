@@ -1227,5 +1227,6 @@ def report(
     for count in (12, 6, 3, 0):  # pictures, until the page is small enough
         page = rendered(subjects, records, count, began)
         if len(page.encode()) <= LARGEST:
-            break
-    return Report(page)
+            return Report(page)
+    raise ValueError(f"a page of {len(subjects)} models would have {len(page.encode()):,} bytes, expected at most "
+                     f"{LARGEST:,}: report on fewer of them")

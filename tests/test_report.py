@@ -178,9 +178,12 @@ def test_a_page_of_large_photographs_stays_small():
 def test_a_page_that_would_be_too_large_shows_fewer_pictures(measured, digits, monkeypatch):
     net, record = measured
     whole = report(record, net, digits).html
-    monkeypatch.setattr(advdpnp.report, "LARGEST", len(whole.encode()) - 50_000)
+    monkeypatch.setattr(advdpnp.report, "LARGEST", len(whole.encode()) - 10_000)
     text = report(record, net, digits).html
     assert len(text.encode()) <= advdpnp.report.LARGEST and "Only 6 pictures of each kind" in text
+    monkeypatch.setattr(advdpnp.report, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="report on fewer"):
+        report(record)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here: Debian's package chromium has it")
