@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'others_code', 'import_place', 'find_function',
-           'needed_arguments', 'import_model', 'write_anything', 'plain_errors', 'show', 'say_version', 'main',
-           'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks', 'record_path',
-           'check_request', 'measure_model', 'write_robustbench', 'opened', 'Shard', 'Whole', 'in_shards', 'in_jobs',
-           'evaluate_command', 'run_together', 'train', 'runs', 'parse_jobs', 'show_bill', 'table', 'publish',
-           'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of',
-           'numbers', 'doctor']
+           'needed_arguments', 'import_model', 'write_anything', 'as_typed', 'plain_errors', 'show', 'say_version',
+           'main', 'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks', 'record_path',
+           'check_request', 'measure_model', 'write_robustbench', 'write_report', 'opened', 'Shard', 'Whole',
+           'in_shards', 'in_jobs', 'evaluate_command', 'data_of', 'new_file', 'report_command', 'compare_command',
+           'run_together', 'train', 'runs', 'parse_jobs', 'show_bill', 'table', 'publish', 'run_notebook', 'notebook',
+           'command_of', 'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of', 'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
 import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -177,6 +178,11 @@ def write_anything():
             stream.reconfigure(errors="replace")
 
 # %% ../nbs/78_cli.ipynb #7addd403
+def as_typed() -> str:
+    "The command that runs."
+    return shlex.join(["advdpnp", *sys.argv[1:]])
+
+
 @contextmanager
 def plain_errors():
     "Inside, what a user can mend ends the command with one line on standard error, not with a traceback."
@@ -188,8 +194,7 @@ def plain_errors():
         typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         raise typer.Exit(1)
     except KeyboardInterrupt as signal:
-        typed = shlex.join(["advdpnp", *sys.argv[1:]])
-        typer.echo(f"interrupted: the same command goes on from here: {typed}", err=True)
+        typer.echo(f"interrupted: the same command goes on from here: {as_typed()}", err=True)
         raise typer.Exit(143 if str(signal) == "SIGTERM" else 130)
 
 # %% ../nbs/78_cli.ipynb #22c13015
@@ -317,13 +322,16 @@ def check_request(
     robustbench: Path | None,
     autoattack_images: int | None,
     attacks: list,
+    report: Path | None = None,
 ):
     "A ValueError for files that are there already, and for options that need AutoAttack."
-    for file in filter(None, (output, robustbench)):
+    files = {name: file for name, file in dict(output=output, robustbench=robustbench, report=report).items() if file}
+    for name, file in files.items():
         if file.exists():
-            raise ValueError(f"{file} is there already: move it, or name another file with --output or --robustbench")
-    if robustbench and robustbench.resolve() == output.resolve():
-        raise ValueError(f"--output and --robustbench are both {output}: expected two files")
+            raise ValueError(f"{file} is there already: move it, or name another file with --{name}")
+    for (one, first), (other, second) in itertools.combinations(files.items(), 2):
+        if first.resolve() == second.resolve():
+            raise ValueError(f"--{one} and --{other} are both {first}: expected two files")
     has_autoattack = "autoattack" in [attack.name for attack in attacks]
     if autoattack_images and not has_autoattack:
         raise ValueError("--autoattack-images needs the attack autoattack")
@@ -351,7 +359,7 @@ def measure_model(
         path = next(path / name for name in ("model.safetensors", "best.safetensors") if (path / name).exists())
     weights = {"sha256": sha256_of(path)} if config else {}
     found = evaluate(net, dataset, attacks, resume=kept, **options)
-    record = dict(model=model, **(weights | found | provenance(torch.device(found["device"]))))
+    record = dict(model=model, command=as_typed(), **(weights | found | provenance(torch.device(found["device"]))))
     write_json(output, record)
     kept.unlink(missing_ok=True)
     return record
@@ -367,6 +375,16 @@ def write_robustbench(
 
     info = robustbench_info(record, name=record["model"], authors="", architecture=architecture)
     write_json(file, info, seal=False)  # with these entries alone
+
+# %% ../nbs/78_cli.ipynb #7728f532
+def write_report(
+    file: Path,
+    *what,  # what `report` takes: records, and models and data set where they are there
+):
+    "Write a page about records."
+    from advdpnp.report import report
+
+    report(*what).save(file)
 
 # %% ../nbs/78_cli.ipynb #85ff8806
 _Model = Annotated[str, typer.Argument(
@@ -388,6 +406,8 @@ _Twin = Annotated[Optional[str], typer.Option(
 _Output = Annotated[Optional[Path], typer.Option(help="The record. Default: beside the checkpoint, or here.")]
 _RobustBench = Annotated[Optional[Path], typer.Option(
     help="Write a RobustBench model-info JSON, too; fill in names and venue.")]
+_Report = Annotated[Optional[Path], typer.Option(
+    help="Write a page to read, too: one .html file with the answer, pictures and all numbers.")]
 _BatchSize = Annotated[Optional[int], typer.Option(
     help="Images attacked together. Default: 500, on a GPU 1,000.", min=1)]
 _Seed = Annotated[int, typer.Option(help="Of random starts.", min=0)]
@@ -496,19 +516,19 @@ def in_jobs(cluster, shards: int, output: Path, words: tuple, twin: str | None, 
 @app.command("evaluate", epilog=examples(
     "advdpnp evaluate data/runs/digits/Adv-DPNP-cifar_resnet8-quick-s0",
     "advdpnp evaluate my_package.models:robust_net --dataset cifar10 --eps 8/255 --autoattack-images 1000",
-    "advdpnp evaluate my_package.models:robust_net --dataset photos/ --eps 4/255 --attacks fgsm,pgd20",
+    "advdpnp evaluate my_package.models:robust_net --dataset photos/ --eps 4/255 --report report.html",
     "advdpnp evaluate data/runs/cifar10/Adv-DPNP-cifar_resnet18-paper-s0 --shards 8"))
 def evaluate_command(
     model: _Model, dataset: _Images = None, eps: _Eps = None, norm: _Norm = "linf", attacks: _Attacks = None,
     images: _Few = None, autoattack_images: _FewAutoAttack = None, twin: _Twin = None, output: _Output = None,
-    robustbench: _RobustBench = None, batch_size: _BatchSize = None, seed: _Seed = 0, device: _Device = "auto",
-    data_dir: _DataDir = Path("data"), quiet: _Quiet = False, shards: _Shards = 1, cluster: _Cluster = "",
-    slurm: _SlurmOptions = None, at_once: _AtOnce = 256, no_wait: _NoWait = False,
+    robustbench: _RobustBench = None, report: _Report = None, batch_size: _BatchSize = None, seed: _Seed = 0,
+    device: _Device = "auto", data_dir: _DataDir = Path("data"), quiet: _Quiet = False, shards: _Shards = 1,
+    cluster: _Cluster = "", slurm: _SlurmOptions = None, at_once: _AtOnce = 256, no_wait: _NoWait = False,
 ):
     "Measure a model's robust accuracy, and whether to believe it."
     from advdpnp.attacks import norm_name
     from advdpnp.cluster import as_cluster
-    from advdpnp.evaluation import report
+    from advdpnp.evaluation import report as as_tables
 
     with plain_errors():
         there, norm = as_cluster(cluster, slurm or "", at_once, not no_wait), norm_name(norm)
@@ -517,7 +537,7 @@ def evaluate_command(
         say_data(data)
         output = output or record_path(model, config, f"{data.name}-{norm}-{budget:.4g}")
         if not (there and output.with_name(f".{output.name}.shards").exists()):  # its jobs may have written it
-            check_request(output, robustbench, autoattack_images, chosen)
+            check_request(output, robustbench, autoattack_images, chosen, report)
         options = dict(images=images, batch_size=batch_size, seed=seed, quiet=quiet,
                        limits={"autoattack": autoattack_images} if autoattack_images else None)
         if there:
@@ -530,9 +550,77 @@ def evaluate_command(
             return typer.echo(f"submitted; the same command waits, and shows {output}")
         if robustbench:
             write_robustbench(robustbench, record, config.get("arch", type(net).__name__))
-    typer.echo(output)
+        if report:
+            write_report(report, record, net, data)
+    for file in filter(None, (output, report)):
+        typer.echo(file)
     typer.echo(f"{model} on {data.name}, {norm}, eps {budget:.4g}")
-    show(report(record))
+    show(as_tables(record))
+
+# %% ../nbs/78_cli.ipynb #7c0aa734
+def data_of(
+    record: dict,  # as a file has it
+    name: str,  # of a data set, as `open_images` takes it
+    data_dir: Path,
+):
+    "The data set that a record is of: for a run, made smaller as the run did."
+    from advdpnp.data import load_dataset
+    from advdpnp.runs import Ledger
+
+    config = record.get("config")
+    return Ledger(data_dir, "cpu", quiet=True).dataset(config | {"dataset": name}) if config else load_dataset(
+        name, data_dir)
+
+
+def new_file(file: Path) -> Path:
+    "The same, if there is no such file; else a ValueError."
+    if file.exists():
+        raise ValueError(f"{file} is there already: move it, or name another file with --output")
+    return file
+
+# %% ../nbs/78_cli.ipynb #3ff03489
+_Records = Annotated[list[Path], typer.Argument(
+    help="JSON files of evaluate, of runs or of tables. Several are put side by side.")]
+_Of = Annotated[Optional[str], typer.Option("--dataset", help="What the records are of, as evaluate takes it.")]
+_Page = Annotated[Optional[Path], typer.Option(help="The page. Default: beside the first record, ending in .html.")]
+
+
+@app.command("report", epilog=examples(
+    "advdpnp report robust_net-cifar10-linf-0.03137.json",
+    "advdpnp report ours.json theirs.json --dataset cifar10 --output both.html"))
+def report_command(records: _Records, dataset: _Of = None, output: _Page = None, data_dir: _DataDir = Path("data")):
+    "Make a page of records: the answer, attacks, checks, curves; several side by side."
+    with plain_errors():
+        from advdpnp.comparison import read_models
+
+        output = new_file(output or records[0].with_suffix(".html"))
+        found = read_models(records)
+        first = next(iter(found.values()))[0]
+        write_report(output, found, None, data_of(first, dataset, data_dir) if dataset else None)
+    typer.echo(output)
+
+# %% ../nbs/78_cli.ipynb #60268e4a
+_Compared = Annotated[list[Path], typer.Argument(help="JSON files of evaluate, of runs or of tables.")]
+_To = Annotated[str, typer.Option(help="Compare each model with this one alone.")]
+_Epoch = Annotated[str, typer.Option(help="best or last, for records that have both.")]
+_Stem = Annotated[Optional[Path], typer.Option(help="Write STEM.md, STEM.csv and STEM.png, too.")]
+
+
+@app.command("compare", epilog=examples(
+    "advdpnp compare ours.json theirs.json",
+    "advdpnp compare data/results/table1.quick.json --to Adv-DPNP --output differences"))
+def compare_command(files: _Compared, to: _To = "", epoch: _Epoch = "best", output: _Stem = None):
+    "Compare models on the same images: differences with intervals, and p-values."
+    with plain_errors():
+        from advdpnp.comparison import compare, read_models
+
+        made = [new_file(output.with_name(output.name + end)) for end in (".md", ".csv", ".png")] if output else []
+        found = compare(read_models(files), to, epoch)
+        if made:
+            found.save(*made)
+    show(found.text())
+    for file in made:
+        typer.echo(file)
 
 # %% ../nbs/78_cli.ipynb #a0164df1
 def run_together(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spread', 'mcnemar', 'paired', 'holm', 'Seen', 'seen_in', 'by_seed', 'matched', 'Comparison', 'compare_under',
-           'notes_on', 'compare', 'in_words', 'read_models']
+           'notes_on', 'compare', 'in_words', 'joined', 'dumbbell', 'read_models']
 
 # %% ../nbs/69_comparison.ipynb #69a00003
 import itertools
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from scipy.stats import binomtest
 from scipy.stats import t as student
 
-from .core import as_text, differing, one_of, read_json
+from .core import as_text, differing, one_of, read_json, replacing
 from .corruptions import counts_in
 from .evaluation import verdicts_in
 
@@ -26,8 +26,7 @@ def spread(
     d: np.ndarray,  # (S, N): per seed and image, A minus B, from -1 to 1
 ) -> tuple[float, float]:  # variance of the mean; degrees of freedom
     "How far the mean difference may be off: over images and, where there are several seeds, over these."
-    d = np.pad(d, ((0, 0), (0, 2)), constant_values=((0, 0), (-1, 1)))  # as if two images more
-    d[:, -2] = 1
+    d = np.concatenate([d, np.tile([1.0, -1.0], (len(d), 1))], 1)  # as if two images more
     (s, n), per_image, per_seed = d.shape, d.mean(0), d.mean(1)
     images = per_image.var(ddof=1) / n
     if s == 1:
@@ -236,6 +235,59 @@ def brief(
             cells.append(f"{f'**{number}**' if clear else number} [{r.low:+.1f}, {r.high:+.1f}]" if r else "–")
         lines.append(f"| {as_text(model)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+# %% ../nbs/69_comparison.ipynb #d4e9c7b1
+def joined(ax, rows: pd.DataFrame):
+    "The accuracies of each pair, joined by a line."
+    places = range(len(rows))
+    ax.hlines(places, rows["accuracy_a"], rows["accuracy_b"], color="0.75", lw=2, zorder=1)
+    for side, colour, marker in (("a", "C0", "o"), ("b", "C1", "D")):
+        ax.scatter(rows[f"accuracy_{side}"], places, color=colour, marker=marker, s=28, label=side.upper())
+    labels = [" ".join(f"{r.metric}: {r.a} − {r.b}".split())[:70] for r in rows.itertuples()]
+    ax.set_yticks(places, labels, parse_math=False)
+    ax.set(xlabel="accuracy (%)", xlim=(-3, 103))
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+
+
+def dumbbell(
+    comparison: Comparison,  # with a row at least
+):  # of matplotlib
+    "A comparison as a figure: accuracies of each pair, and their difference with its interval."
+    import matplotlib.pyplot as plt
+
+    from advdpnp.plots import theme  # of a later page
+
+    rows = comparison.rows
+    with plt.rc_context():
+        theme()
+        size = (9, 1.2 + 0.26 * len(rows))
+        figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+        joined(left, rows)
+        for place, r in enumerate(rows.itertuples()):
+            colour = "0.65" if r.low <= 0 <= r.high else "0.1"
+            right.plot([r.low, r.high], [place, place], color=colour, lw=1.5)
+            right.plot(r.difference, place, marker="o", ms=5, color=colour)
+        right.axvline(0, color="0.45", ls=":", lw=1)
+        right.set(xlabel="A − B (points)", ylim=(len(rows) - 0.4, -0.6))
+        plt.close(figure)  # it is shown where it is wanted
+    return figure
+
+# %% ../nbs/69_comparison.ipynb #fefb140b
+@patch
+def save(
+    self: Comparison,
+    text,  # of a .md file
+    table,  # of a .csv file
+    picture,  # of a .png file
+):
+    "Write the tables, the rows and the picture, each whole or not at all."
+    if not len(self.rows):
+        raise ValueError("nothing was measured on all of these models: there is no difference to write down")
+    for path, write in ((text, lambda part: part.write_text(self.text() + "\n", encoding="utf-8")),
+                        (table, lambda part: self.rows.to_csv(part, index=False)),
+                        (picture, lambda part: dumbbell(self).savefig(part, dpi=150))):
+        with replacing(path) as part:
+            write(part)
 
 # %% ../nbs/69_comparison.ipynb #69a00047
 def read_models(
