@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                              'advdpnp.cli.parse_value': ('cli.html#parse_value', 'advdpnp/cli.py'),
                              'advdpnp.cli.plain_errors': ('cli.html#plain_errors', 'advdpnp/cli.py'),
                              'advdpnp.cli.publish': ('cli.html#publish', 'advdpnp/cli.py'),
+                             'advdpnp.cli.record_of': ('cli.html#record_of', 'advdpnp/cli.py'),
                              'advdpnp.cli.record_path': ('cli.html#record_path', 'advdpnp/cli.py'),
                              'advdpnp.cli.report_command': ('cli.html#report_command', 'advdpnp/cli.py'),
                              'advdpnp.cli.run_notebook': ('cli.html#run_notebook', 'advdpnp/cli.py'),

@@ -7,9 +7,10 @@ __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'o
            'needed_arguments', 'import_model', 'write_anything', 'as_typed', 'plain_errors', 'show', 'say_version',
            'main', 'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks', 'record_path',
            'check_request', 'measure_model', 'write_robustbench', 'write_report', 'opened', 'Shard', 'Whole',
-           'in_shards', 'in_jobs', 'evaluate_command', 'data_of', 'new_file', 'report_command', 'compare_command',
-           'run_together', 'train', 'runs', 'parse_jobs', 'show_bill', 'table', 'publish', 'run_notebook', 'notebook',
-           'command_of', 'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of', 'numbers', 'doctor']
+           'in_shards', 'in_jobs', 'record_of', 'evaluate_command', 'data_of', 'new_file', 'report_command',
+           'compare_command', 'run_together', 'train', 'runs', 'parse_jobs', 'show_bill', 'table', 'publish',
+           'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of',
+           'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
 import difflib
@@ -512,6 +513,13 @@ def in_jobs(cluster, shards: int, output: Path, words: tuple, twin: str | None, 
     shutil.rmtree(folder)
     return read_json(output)
 
+# %% ../nbs/78_cli.ipynb #27687274
+def record_of(there, shards: int, output: Path, *work) -> dict | None:
+    "The record of an evaluation: by jobs, in shards, or at once; None if there are jobs that are not waited for."
+    if there:
+        return in_jobs(there, shards, output, *work)
+    return in_shards(shards, output, *work) if shards > 1 else Whole()(None, [], output, *work)
+
 # %% ../nbs/78_cli.ipynb #9009e0bc
 @app.command("evaluate", epilog=examples(
     "advdpnp evaluate data/runs/digits/Adv-DPNP-cifar_resnet8-quick-s0",
@@ -540,12 +548,7 @@ def evaluate_command(
             check_request(output, robustbench, autoattack_images, chosen, report)
         options = dict(images=images, batch_size=batch_size, seed=seed, quiet=quiet,
                        limits={"autoattack": autoattack_images} if autoattack_images else None)
-        if there:
-            record = in_jobs(there, shards, output, words, twin, options)
-        elif shards > 1:
-            record = in_shards(shards, output, words, twin, options)
-        else:
-            record = Whole()(None, [], output, words, twin, options)
+        record = record_of(there, shards, output, words, twin, options)
         if record is None:
             return typer.echo(f"submitted; the same command waits, and shows {output}")
         if robustbench:

@@ -39,7 +39,7 @@ from .core import one_of, own_randomness, replacing
 from .data import Dataset, Loader, stratified_order
 from .evaluation import as_dataset, images_of, verdicts_in
 from .geometry import onto_plane, own_and_rival
-from .plots import ADVERSARIAL, CLEAN, colours, theme
+from .plots import ADVERSARIAL, CLEAN, styles, theme
 from .sanity import grey_budget
 from .still import as_module, device_of, full_precision, held_still, logits_of, unwrapped
 from .tables import LABELS
@@ -1194,12 +1194,12 @@ def subjects_of(
     dataset: Dataset | None,
 ) -> list[Subject]:
     "The models of a report, each with a colour, a marker and a line of its own."
-    of, found = colours(records), []
+    of, found = styles(records), []
     for i, (name, seeds) in enumerate(records.items()):
         seeds = [seeds] if isinstance(seeds, dict) else seeds
         look = dict(marker="oDs^vPX"[i % 7], line=("-", "--", ":", "-.")[i % 4])
         found.append(subject(name, seeds[0], models[name], dataset, seeds=len(seeds), **look,
-                             colour=of[name] if len(records) > 1 else CLEAN))
+                             colour=of[name]["color"] if len(records) > 1 else CLEAN))
     return found
 
 # %% ../nbs/77_report.ipynb #73b39679

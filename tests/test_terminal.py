@@ -41,8 +41,8 @@ def in_a_terminal(*words, cwd):
     "What a command writes to a terminal, and its exit code."
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # rows and columns
-    process = subprocess.Popen([sys.executable, "-m", "advdpnp", *map(str, words)], cwd=cwd, stdin=theirs, stdout=theirs,
-                               stderr=theirs, env=os.environ | dict(TERM="xterm"))
+    process = subprocess.Popen([sys.executable, "-m", "advdpnp", *map(str, words)], cwd=cwd, stdin=theirs,
+                               stdout=theirs, stderr=theirs, env=os.environ | dict(TERM="xterm"))
     os.close(theirs)
     said = b""
     while True:
