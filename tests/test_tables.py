@@ -196,8 +196,8 @@ def test_six_networks_are_not_better_than_one_for_being_six():
 def test_several_seeds_count_with_their_mean_and_not_their_best():
     sweep = read_json(RESULTS / "table7.quick.json")
     row = next(record for record in sweep if record["method"] == "TRADES")
-    none = {which: accuracy(torch.zeros(row["n"], dtype=torch.bool)) for which in ("clean", "worst")}
-    worse = row | none | dict(seed=1, verdicts=" ".join(2 * [packed(torch.zeros(row["n"], dtype=torch.bool))]))
+    none = {which: accuracy(torch.zeros(row["n"], dtype=torch.bool)) for which in ("clean", "worst", "autoattack")}
+    worse = row | none | dict(seed=1, verdicts=" ".join(3 * [packed(torch.zeros(row["n"], dtype=torch.bool))]))
     np.testing.assert_allclose(tables.verdicts_of([row, worse]).mean(2), tables.verdicts_of([row])[:, :, 0] / 2)
 
 
