@@ -1193,13 +1193,13 @@ def subjects_of(
     models: dict,  # name to a model, or None
     dataset: Dataset | None,
 ) -> list[Subject]:
-    "The models of a report, each with a colour, a marker and a line of its own."
+    "The models of a report, each with a colour, a marker and a line of its own, see `styles`."
     of, found = styles(records), []
     for i, (name, seeds) in enumerate(records.items()):
         seeds = [seeds] if isinstance(seeds, dict) else seeds
-        look = dict(marker="oDs^vPX"[i % 7], line=("-", "--", ":", "-.")[i % 4])
-        found.append(subject(name, seeds[0], models[name], dataset, seeds=len(seeds), **look,
-                             colour=of[name]["color"] if len(records) > 1 else CLEAN))
+        colour, marker = of[name].values() if len(records) > 1 else (CLEAN, "o")
+        found.append(subject(name, seeds[0], models[name], dataset, seeds=len(seeds), colour=colour, marker=marker,
+                             line=("-", "--", ":", "-.")[i % 4]))
     return found
 
 # %% ../nbs/77_report.ipynb #73b39679
