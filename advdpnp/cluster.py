@@ -184,7 +184,7 @@ class Slurm:
     def executor(
         self,
         folder: Path,  # of logs
-        after: list[str] = (),  # ids of jobs that must have ended
+        after=(),  # ids of jobs that must have ended
     ):
         "What submits jobs, in submitit."
         import submitit
@@ -310,7 +310,7 @@ def submit(
     logs: Path,  # a folder
     task,  # called with the file of the claim, and what belongs to the piece
     work: list[tuple],  # pieces, and what is given to the task with each
-    after: list[str] = (),  # ids of jobs that must have ended
+    after=(),  # ids of jobs that must have ended
 ) -> list[str]:  # ids
     "Submit pieces of work as an array: those that no job has."
     taken = [(path.absolute(), *more) for piece, *more in work if (path := claim(piece.folder, piece.step))]
@@ -356,7 +356,7 @@ def wait_for(
     time_limit: float | None = None,  # seconds; None: until all are done or lost
 ) -> list[Piece]:  # that no job has any more, and that are not done
     "Show what becomes of jobs, until there are none. Ctrl-C leaves them as they are."
-    began, bar = time.monotonic(), progress_bar(len(pieces), "jobs", quiet=quiet)
+    began, bar = time.monotonic(), progress_bar(len(pieces), "jobs", quiet=quiet or not pieces)
     bar.miniters, bar.dynamic_miniters = 0, False
     try:
         while True:

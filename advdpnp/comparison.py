@@ -162,8 +162,8 @@ def notes_on(
     metrics = {name: {*(r[which] if which in r else r).get("metrics", {})} - {"clean", "worst"}
                for name, r in first.items()}
     shared, every = set.intersection(*metrics.values()), set.union(*metrics.values())
-    return [f"{as_text(metric)} was run on {', '.join(as_text(n) for n in models if metric in metrics[n])} only, where "
-            "it is a part of the worst case." for metric in sorted(every - shared)]
+    return [f"The attack {as_text(metric)} was run on {' and '.join(as_text(n) for n in models if metric in metrics[n])} "
+            "only; it is a part of their worst case." for metric in sorted(every - shared)]
 
 
 def compare(

@@ -1083,7 +1083,7 @@ class Workers:
     def __init__(
         self,
         jobs: int,  # how many
-        cards: list[str] = (),  # from `cards`: dealt out in turn, so that several may share one; empty: none
+        cards=(),  # from `cards`: dealt out in turn, so that several may share one; empty: none
     ):
         self.jobs, self.cards, self.processes = jobs, cards, {}
 

@@ -218,7 +218,7 @@ def write_corruptions(folder):
 
 
 def write_verdicts(folder):
-    Resume(folder / "half.json", dict(data="a")).keeper("pgd20")(3, torch.ones(20_000, dtype=torch.bool))
+    Resume(folder / "half.json", dict(data="a")).keeper("pgd20")(3, torch.ones(200_000, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("write", [write_archive, write_corruptions, write_verdicts])
