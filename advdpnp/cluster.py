@@ -123,7 +123,7 @@ def wall_seconds(
     items: list[Item],
     devices: int,
 ) -> float:
-    "How long a bill takes on so many devices: training first, then measuring; what is unknown is left out."
+    "The least time a bill takes on so many devices: training first, then measuring; what is unknown is left out."
     parts = [[seconds for item in items if (seconds := getattr(item, part))] for part in ("training", "measuring")]
     return sum(max(max(part), sum(part) / devices) for part in parts if part)
 
@@ -150,7 +150,7 @@ def bill_text(
         return "\n".join(lines)
     times = ", ".join(f"{as_hours(wall_seconds(known, n))} on {n}" for n in (1, 8, 64))
     return "\n".join([*lines, "", f"An estimate, from records of {device_name(device)}: {total('training')} of "
-                                  f"training, {total('measuring')} of measuring. That takes {times} of it."])
+                                  f"training, {total('measuring')} of measuring. That takes at least {times} of it."])
 
 # %% ../nbs/71_cluster.ipynb #77d7d5c4
 _GENERAL = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes", "stderr_to_stdout")

@@ -50,7 +50,7 @@ def paired(
     a: np.ndarray,  # (S, N): per seed and image, whether A is right, or a share from 0 to 1
     b: np.ndarray,  # (S, N): B, for the same seeds and images
 ) -> dict:  # difference, low, high: points, A minus B, with a 95% interval; p; only_a, only_b: images, mean over seeds
-    "How much better A is than B on the same images."
+    "How much better A is than B on the same images; only_a counts those on which A is ahead."
     d = np.asarray(a, float) - b
     variance, freedom = spread(d)
     middle, reach = d.sum(1).mean() / (d.shape[1] + 2), student.ppf(0.975, freedom) * variance**0.5
@@ -162,8 +162,9 @@ def notes_on(
     metrics = {name: {*(r[which] if which in r else r).get("metrics", {})} - {"clean", "worst"}
                for name, r in first.items()}
     shared, every = set.intersection(*metrics.values()), set.union(*metrics.values())
-    return [f"The attack {as_text(metric)} was run on {' and '.join(as_text(n) for n in models if metric in metrics[n])} "
-            "only; it is a part of their worst case." for metric in sorted(every - shared)]
+    having = lambda metric: " and ".join(as_text(name) for name in models if metric in metrics[name])
+    return [f"The attack {as_text(metric)} was run on {having(metric)} only; it is a part of their worst case."
+            for metric in sorted(every - shared)]
 
 
 def compare(
@@ -185,7 +186,7 @@ def compare(
 # %% ../nbs/69_comparison.ipynb #69a00038
 def in_words(
     row,  # of a `Comparison`
-) -> str:  # "2.1 points better [0.4, 3.8]"
+) -> str:  # of A: "2.1 points better [+0.4, +3.8]"
     "What a comparison has found."
     interval = f"[{row['low']:+.1f}, {row['high']:+.1f}]"
     if row["low"] <= 0 <= row["high"]:

@@ -751,8 +751,8 @@ def attack_section(subjects: list[Subject]) -> Section:
     rows = attack_rows(subjects)
     alt = "; ".join(f"{s.name}: " + ", ".join(f"{label_of(name)} {m['accuracy']:.1f}%"
                                                for name, m in s.record["metrics"].items()) for s in subjects)
-    said = ["An image counts as robust if the attack finds no way to change the answer. The worst case counts the "
-            "images that survive every attack."]
+    said = ["An image counts as robust if the answer is right without the attack and under it. The worst case counts "
+            "the images that survive every attack."]
     for s in subjects:
         of = s.record.get("subset")
         mine = [f"{s.record['n']:,} of {of['of']:,} test images were drawn, in proportion to the classes."
@@ -773,7 +773,7 @@ def check_section(subjects: list[Subject]) -> Section | None:
                  plain(c["found"], 200), plain(c["expected"], 100)] for c in s.record["checks"]]
         tables.append(Table(several(subjects, "Checks", s), ["check", "outcome", "found", "expected"], rows))
     said = ["Each check looks for a way in which a model can seem robust and not be. One that fails speaks against the "
-            "number; passing all proves nothing, but false defences that are known fail at least one."]
+            "number; passing all proves nothing, but each false defence that this package was tried on fails one."]
     return Section("Checks", said, tables=tables) if tables else None
 
 # %% ../nbs/77_report.ipynb #ef8b9c4e
@@ -807,8 +807,9 @@ def matrix_panels(subjects: list[Subject], s: Subject) -> list[Panel]:
     most = mistakes(matrix, s.data.class_names)
     return [Panel(
         several(subjects, "What attacked images are taken for", s),
-        f"A row is a class, a column what the model says of its {len(s.look.labels)} images under PGD-10 with budget "
-        f"{budget_words(at['eps'], at['eps'], at['norm'])}; the diagonal is right{few}.",
+        f"A row is the true class, a column the answer under PGD-10 with budget "
+        f"{budget_words(at['eps'], at['eps'], at['norm'])}, {len(s.look.labels)} images in all; the diagonal is "
+        f"right{few}.",
         f"Most frequent mistakes: {', '.join(most)}." if most else "No image is taken for another class.",
         drawn(plot_matrix(matrix[np.ix_(shown, shown)], [names[k] for k in shown])))]
 
@@ -886,7 +887,7 @@ def prototype_section(subjects: list[Subject]) -> Section | None:
                 drawn(plot_plane(s, state))))
         section.panels.append(Panel(
             several(subjects, "Distances to prototypes", s), "Below the dotted line, another prototype is nearer than "
-            "the own one, and the image is about to be lost.", f"Median distance to the own prototype "
+            "the own one: the image is misclassified.", f"Median distance to the own prototype "
             f"{np.median(clean[0]):.2f} clean, {np.median(attacked[0]):.2f} attacked.", drawn(plot_distances(s))))
         section.tables.append(Table(
             several(subjects, "Which prototype pulls when an image breaks", s),
