@@ -460,8 +460,9 @@ class Shard:
 class Whole(Shard):
     "The record of an evaluation, from its shards if there are any."
 
-    def __call__(self, path, files: list[Path], output: Path, words: tuple, twin: str | None, options: dict) -> dict:
-        "Write the record; `path` is the claim of a job, or None."
+    def __call__(self, path, files: list[Path], output: Path, words: tuple, twin: str | None, options: dict,
+                 found: tuple | None = None) -> dict:
+        "Write the record; `path` is the claim of a job, or None; `found` is from `opened`, if that was called already."
         from advdpnp.cluster import as_job
         from advdpnp.core import pick_device
         from advdpnp.evaluation import merge_shards
@@ -470,12 +471,12 @@ class Whole(Shard):
             kept = output.with_name(f".{output.name}.unfinished")
             if files and not kept.exists():
                 merge_shards(files, kept)
-            net, config, data, attacks, _ = opened(*words)
+            net, config, data, attacks, _ = found or opened(*words)
             twin = open_model(twin)[0].to(pick_device(words[-2])) if twin else None
             return measure_model(words[0], net, config, data, attacks, output, twin=twin, **options)
 
 # %% ../nbs/78_cli.ipynb #598b42a0
-def in_shards(shards: int, output: Path, words: tuple, twin: str | None, options: dict) -> dict:
+def in_shards(shards: int, output: Path, words: tuple, twin: str | None, options: dict, found: tuple) -> dict:
     "The record of an evaluation whose attacks are made side by side on this machine."
     from advdpnp.core import cores, pick_device
     from advdpnp.runs import Workers, cards
@@ -487,7 +488,7 @@ def in_shards(shards: int, output: Path, words: tuple, twin: str | None, options
     with Workers(min(len(work), len(gpus) or cores()), gpus) as workers:
         for error in workers.do(Shard(), work):
             raise error
-    record = Whole()(None, files, output, words, twin, options)
+    record = Whole()(None, files, output, words, twin, options, found)
     shutil.rmtree(folder)
     return record
 
@@ -514,11 +515,11 @@ def in_jobs(cluster, shards: int, output: Path, words: tuple, twin: str | None, 
     return read_json(output)
 
 # %% ../nbs/78_cli.ipynb #27687274
-def record_of(there, shards: int, output: Path, *work) -> dict | None:
+def record_of(there, shards: int, output: Path, found: tuple, *work) -> dict | None:  # found: from `opened`
     "The record of an evaluation: by jobs, in shards, or at once; None if there are jobs that are not waited for."
     if there:
         return in_jobs(there, shards, output, *work)
-    return in_shards(shards, output, *work) if shards > 1 else Whole()(None, [], output, *work)
+    return in_shards(shards, output, *work, found) if shards > 1 else Whole()(None, [], output, *work, found)
 
 # %% ../nbs/78_cli.ipynb #9009e0bc
 @app.command("evaluate", epilog=examples(
@@ -541,14 +542,14 @@ def evaluate_command(
     with plain_errors():
         there, norm = as_cluster(cluster, slurm or "", at_once, not no_wait), norm_name(norm)
         words = model, dataset, eps, norm, attacks, device, data_dir
-        net, config, data, chosen, budget = opened(*words[:5], "cpu" if there else device, data_dir)
+        net, config, data, chosen, budget = found = opened(*words[:5], "cpu" if there else device, data_dir)
         say_data(data)
         output = output or record_path(model, config, f"{data.name}-{norm}-{budget:.4g}")
         if not (there and output.with_name(f".{output.name}.shards").exists()):  # its jobs may have written it
             check_request(output, robustbench, autoattack_images, chosen, report)
         options = dict(images=images, batch_size=batch_size, seed=seed, quiet=quiet,
                        limits={"autoattack": autoattack_images} if autoattack_images else None)
-        record = record_of(there, shards, output, words, twin, options)
+        record = record_of(there, shards, output, found, words, twin, options)
         if record is None:
             return typer.echo(f"submitted; the same command waits, and shows {output}")
         if robustbench:
