@@ -365,11 +365,12 @@ def test_help():
 
 def test_a_model_is_opened_once(tmp_path, monkeypatch):
     "What is measured is what is in the report, also of a function that gives another network each time."
-    (tmp_path / "counted.py").write_text("import torch\nmade = []\n\n\ndef model():\n    made.append(1)\n"
-                                         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n")
+    (tmp_path / "counted.py").write_text(
+        "import torch\nmade = []\n\n\ndef model():\n    made.append(1)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    done = CliRunner().invoke(app, ["evaluate", "counted:model", "--dataset", "digits", "--eps", "0.1", "--images", "20",
-                                    "--attacks", "fgsm", "--output", "record.json", "--report", "page.html", "--quiet"])
+    words = "evaluate counted:model --dataset digits --eps 0.1 --images 20 --attacks fgsm --output record.json"
+    done = CliRunner().invoke(app, [*words.split(), "--report", "page.html", "--quiet"])
     assert done.exit_code == 0, done.output
     assert len(sys.modules["counted"].made) == 1
