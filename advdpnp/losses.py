@@ -86,11 +86,13 @@ def clean_terms(
     labels: torch.Tensor,  # (B,) int64
     cross_entropy=F.cross_entropy,  # of logits and labels
     repulsion: str = "nearest",  # one of `REPULSIONS`
+    alignment_moves: str = "both",  # or "features": in the alignment, prototypes are constants
 ) -> dict:  # of scalars
-    "The terms of the clean branch; all of them move the prototypes."
+    "The terms of the clean branch, which move the prototypes."
+    anchors = head.prototypes if alignment_moves == "both" else head.prototypes.detach()
     return dict(
         ce=cross_entropy(head(features), labels),
-        alignment=positive_alignment(features, labels, head.prototypes),
+        alignment=positive_alignment(features, labels, anchors),
         repulsion=REPULSIONS[repulsion](features.detach(), labels, head.prototypes),
     )
 
@@ -103,13 +105,14 @@ def adversarial_terms(
     cross_entropy=F.cross_entropy,  # of logits and labels
     consistency: str = "kl",  # one of `CONSISTENCIES`
     detach: bool = True,  # False: these terms move the prototypes, too
+    alignment_moves: str = "both",  # or "features": in the alignment, prototypes are constants anyway
 ) -> dict:  # of scalars
     "The terms that see adversarial features."
-    prototypes = head.prototypes.detach() if detach else head.prototypes
+    anchors = head.prototypes.detach() if detach or alignment_moves == "features" else head.prototypes
     logits, adv_logits = head(features, detach=detach), head(adv_features, detach=detach)
     return dict(
         adv_ce=cross_entropy(adv_logits, labels),
-        adv_alignment=positive_alignment(adv_features, labels, prototypes),
+        adv_alignment=positive_alignment(adv_features, labels, anchors),
         consistency=CONSISTENCIES[consistency](logits, adv_logits, features, adv_features),
     )
 

@@ -81,6 +81,7 @@ class AdvDPNP(AdversarialMethod):
     consistency: float = 3.0  # lambda_c
     clean_weight: float = 1.0  # of the clean branch's cross-entropy and alignment
     clean_only_update: bool = True  # False: adversarial images move the prototypes, too
+    alignment_moves: str = "both"  # or "features": prototypes learn from the other terms alone
     repulsion_form: str = "nearest"  # or "sample", "mean"
     consistency_form: str = "kl"  # or "logits", "features"
     shared_batch: bool = False  # one pass for both branches: adversarial images move prototypes through batch-norm
@@ -90,6 +91,7 @@ class AdvDPNP(AdversarialMethod):
         super().__post_init__()
         one_of(self.repulsion_form, REPULSIONS, "form of repulsion")
         one_of(self.consistency_form, CONSISTENCIES, "form of consistency")
+        one_of(self.alignment_moves, ("both", "features"), "thing that alignment moves")
 
     @property
     def weights(self):
@@ -101,9 +103,9 @@ class AdvDPNP(AdversarialMethod):
         "The loss of a batch, and its terms."
         passes = net.features(torch.cat([x, x_adv])).chunk(2) if self.shared_batch else map(net.features, (x, x_adv))
         features, adv_features = passes
-        terms = clean_terms(net.head, features, y, self.cross_entropy, self.repulsion_form)
+        terms = clean_terms(net.head, features, y, self.cross_entropy, self.repulsion_form, self.alignment_moves)
         terms |= adversarial_terms(net.head, features, adv_features, y, self.cross_entropy, self.consistency_form,
-                                   self.clean_only_update)
+                                   self.clean_only_update, self.alignment_moves)
         return weighted_sum(terms, self.weights), terms
 
 # %% ../nbs/40_methods.ipynb #b18239e7

@@ -31,6 +31,7 @@ class AdvDPNP(AdversarialMethod):
     consistency: float = 3.0
     clean_weight: float = 1.0
     clean_only_update: bool = True
+    alignment_moves: str = 'both'
     repulsion_form: str = 'nearest'
     consistency_form: str = 'kl'
     shared_batch: bool = False

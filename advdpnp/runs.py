@@ -815,9 +815,10 @@ RESULTS = {"result": ("table1", "table2", "table3", "table6"), "corruptions": ("
 
 
 def identity(config):
-    "What two configurations of one run have in common: all but a precision that nobody asked for."
-    return config_hash({key: value for key, value in config.items()
-                        if key != "precision" or "precision" in config["changes"]})
+    "What two configurations of one run have in common: all but a method's defaults and a precision not asked for."
+    defaults = {field.name: field.default for field in dataclasses.fields(method_of(config["method"]))}
+    return config_hash({key: value for key, value in config.items() if (key, value) not in defaults.items()
+                        and (key != "precision" or "precision" in config["changes"])})
 
 # %% ../nbs/70_runs.ipynb #3e39f8e1
 @patch

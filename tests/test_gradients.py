@@ -19,7 +19,7 @@ def on_prototypes(loss, head):
 
 
 def clean_loss(head, features, y, method=METHOD):
-    terms = clean_terms(head, features, y, method.cross_entropy, method.repulsion_form)
+    terms = clean_terms(head, features, y, method.cross_entropy, method.repulsion_form, method.alignment_moves)
     return weighted_sum(terms, method.weights)
 
 
@@ -29,8 +29,11 @@ def rule_holds_for_features(seed, method=METHOD):
     clean, whole = on_prototypes(clean_loss(head, features, y, method), head), []
     for scale in (0.1, 1, 30):
         adv_features = (scale * torch.randn(50, 32)).requires_grad_()
-        terms = clean_terms(head, features, y, method.cross_entropy, method.repulsion_form) | adversarial_terms(
-            head, features, adv_features, y, method.cross_entropy, method.consistency_form, method.clean_only_update)
+        clean_branch = clean_terms(head, features, y, method.cross_entropy, method.repulsion_form,
+                                   method.alignment_moves)
+        terms = clean_branch | adversarial_terms(head, features, adv_features, y, method.cross_entropy,
+                                                 method.consistency_form, method.clean_only_update,
+                                                 method.alignment_moves)
         whole.append(on_prototypes(weighted_sum(terms, method.weights), head))
     return all(torch.equal(clean, gradient) for gradient in whole)
 
@@ -53,6 +56,7 @@ def test_whatever_the_form_of_the_terms(repulsion, consistency):
     forms = dict(repulsion_form=repulsion, consistency_form=consistency, label_smoothing=0.1)
     assert rule_holds_for_features(0, AdvDPNP(eps=0.2, **WEIGHTS, **forms))
     assert not rule_holds_for_features(0, AdvDPNP(eps=0.2, **WEIGHTS, **forms, clean_only_update=False))
+    assert rule_holds_for_features(0, AdvDPNP(eps=0.2, **WEIGHTS, **forms, alignment_moves="features"))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -151,6 +151,14 @@ def test_settings_for_comparison(batch, net):
     assert not torch.allclose(pull(both), pull(loss), rtol=0.1)
     shared, _ = AdvDPNP(shared_batch=True).loss(net, x, x_adv, y)
     assert shared.item() == pytest.approx(loss.item(), rel=1e-5)  # in evaluation mode batches do not matter
+    features_only, same_terms = AdvDPNP(alignment_moves="features").loss(net, x, x_adv, y)
+    assert features_only.item() == loss.item() and same_terms == terms
+    assert torch.equal(pull(features_only), pull(AdvDPNP(alignment=0.0).loss(net, x, x_adv, y)[0]))
+    on_backbone = lambda total: torch.autograd.grad(total, [*net.backbone.parameters()])
+    assert all(map(torch.equal, on_backbone(AdvDPNP(alignment_moves="features").loss(net, x, x_adv, y)[0]),
+                   on_backbone(AdvDPNP().loss(net, x, x_adv, y)[0])))
+    with pytest.raises(ValueError, match="thing that alignment moves"):
+        AdvDPNP(alignment_moves="prototypes")
     half = AdvDPNP(clean_weight=0.5)
     assert half.weights == AdvDPNP().weights | dict(ce=0.5, alignment=0.005)
     smoothed = AdvDPNP(label_smoothing=0.1).loss(net, x, x_adv, y)[1]
