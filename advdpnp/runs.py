@@ -274,9 +274,10 @@ def as_parameter(
         return as_kind(name, value, int if whole else float)
     if isinstance(value, (list, tuple)) and all(isinstance(one, (str, int)) for one in value):
         value = ", ".join(map(str, value))  # text with commas
-    if name == "seeds" and text and text.isdecimal():
+    numbered = name in ("seeds", "jobs")
+    if numbered and text and text.isdecimal():
         value = int(text)
-    return as_kind(name, value, str | int if name == "seeds" else str)
+    return as_kind(name, value, str | int if numbered else str)
 
 # %% ../nbs/70_runs.ipynb #96f52741
 def check_parameters(

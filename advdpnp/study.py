@@ -182,6 +182,12 @@ def kept(self: Study) -> dict:  # (variant, seed) to record
 
 
 @patch
+def at_once(self: Study, jobs: int | str) -> int:
+    "How many runs there are at a time; with 'auto' one on a GPU, else one a core."
+    return int(jobs) if jobs != "auto" else 1 if self.device.type == "cuda" else cores()
+
+
+@patch
 def alone(self: Study, *run):
     "A run; on a CPU with one thread."
     with one_thread(self.device):
@@ -191,13 +197,12 @@ def alone(self: Study, *run):
 @patch
 def records(
     self: Study,
-    jobs: int | str = "auto",  # runs at a time; "auto": one with a GPU, else one a core
+    jobs: int | str = "auto",  # runs at a time, see `at_once`
     minutes: float = 0,  # then the rest is left; 0: until all is done
 ) -> list[dict]:
     "The records of all runs, or of those that are done when time is up."
-    kept, jobs = self.kept(), (1 if self.device.type == "cuda" else cores()) if jobs == "auto" else int(jobs)
-    deadline = time.monotonic() + 60 * minutes if minutes else None
-    new = Parallel(jobs)(delayed(self.alone)(*run, deadline) for run in self.asked if run not in kept)
+    kept, deadline = self.kept(), time.monotonic() + 60 * minutes if minutes else None
+    new = Parallel(self.at_once(jobs))(delayed(self.alone)(*run, deadline) for run in self.asked if run not in kept)
     kept |= {(r["method"], r["seed"]): r for r in new if r}
     found = [kept[run] for run in self.asked if run in kept]
     unfinished = len(found) < len(self.asked)
