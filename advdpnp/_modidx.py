@@ -852,6 +852,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                                'advdpnp.study.Study.trainer': ('study.html#study.trainer', 'advdpnp/study.py'),
                                'advdpnp.study.Study.write': ('study.html#study.write', 'advdpnp/study.py'),
                                'advdpnp.study.Variant': ('study.html#variant', 'advdpnp/study.py'),
+                               'advdpnp.study.accuracies': ('study.html#accuracies', 'advdpnp/study.py'),
                                'advdpnp.study.differences': ('study.html#differences', 'advdpnp/study.py'),
                                'advdpnp.study.draw_differences': ('study.html#draw_differences', 'advdpnp/study.py'),
                                'advdpnp.study.held_out': ('study.html#held_out', 'advdpnp/study.py'),
