@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from scipy.stats import binomtest
 from scipy.stats import t as student
 
-from .core import as_text, differing, one_of, read_json, replacing
+from .core import as_text, differing, markdown, one_of, read_json, replacing
 from .corruptions import counts_in
 from .evaluation import verdicts_in
 
@@ -202,13 +202,12 @@ def text(self: Comparison) -> str:
     for metric, rows in self.rows.groupby("metric", sort=False) if len(self.rows) else ():
         lines = [heads if len(rows) > 1 else heads[:-1]]
         for _, r in rows.iterrows():
-            cells = [as_text(r.a), as_text(r.b), f"{r.accuracy_a:.1f}", f"{r.accuracy_b:.1f}", f"{r.difference:+.1f}",
+            cells = [r.a, r.b, f"{r.accuracy_a:.1f}", f"{r.accuracy_b:.1f}", f"{r.difference:+.1f}",
                      f"[{r.low:+.1f}, {r.high:+.1f}]", f"{r.only_a:.0f}", f"{r.only_b:.0f}", f"{r.p:.2g}"]
             lines.append(cells + [f"{r.adjusted:.2g}"] * (len(rows) > 1))
         first = rows.iloc[0]
         title = f"**{as_text(metric)}**, {first.images} images" + f", {first.seeds} seeds" * int(first.seeds > 1)
-        table = ["| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]]
-        parts.append(f"{title}\n\n" + "\n".join(table))
+        parts.append(f"{title}\n\n{markdown(lines)}")
     return "\n\n".join([*parts, *self.notes]) or "Nothing that was measured on all of them."
 
 
@@ -226,7 +225,7 @@ def brief(
     labels = {m: m for m in self.rows["metric"]} if labels is None else labels
     labels = {metric: label for metric, label in labels.items() if metric in {*self.rows["metric"]}}
     found = {(r.b, r.metric): r for r in self.rows.itertuples()}
-    lines = ["| | " + " | ".join(as_text(label) for label in labels.values()) + " |", "|---" * (len(labels) + 1) + "|"]
+    lines = [["", *labels.values()]]
     for model in dict.fromkeys(self.rows["b"]):
         cells = []
         for metric in labels:
@@ -234,8 +233,8 @@ def brief(
             clear = r and not r.low <= 0 <= r.high
             number = f"{r.difference:+.1f}" if r else ""
             cells.append(f"{f'**{number}**' if clear else number} [{r.low:+.1f}, {r.high:+.1f}]" if r else "–")
-        lines.append(f"| {as_text(model)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([model, *cells])
+    return markdown(lines)
 
 # %% ../nbs/69_comparison.ipynb #d4e9c7b1
 def joined(ax, rows: pd.DataFrame):

@@ -6,8 +6,8 @@
 __all__ = ['DEVICES', 'LEFT', 'EPOCH_BAR', 'ATTACK_BAR', 'EVERY', 'shown', 'one_of', 'number', 'whole', 'place_of',
            'remove_abandoned', 'locked', 'cannot_write', 'replacing', 'sealed', 'unsealed', 'read_json', 'as_json',
            'write_json', 'sha256_of', 'hash_of_tensors', 'packed_weights', 'read_weights', 'flat', 'differing',
-           'claim_folder', 'plain_name', 'as_text', 'signals_wait', 'sigterm_is_ctrl_c', 'seed_of', 'seeded',
-           'seed_globally', 'Kept', 'own_randomness', 'cores', 'pick_device', 'has_fast_bf16', 'share_screen',
+           'claim_folder', 'plain_name', 'as_text', 'markdown', 'signals_wait', 'sigterm_is_ctrl_c', 'seed_of',
+           'seeded', 'seed_globally', 'Kept', 'own_randomness', 'cores', 'pick_device', 'has_fast_bf16', 'share_screen',
            'can_redraw', 'Lines', 'progress_bar', 'close_bar']
 
 # %% ../nbs/90_core.ipynb #16f65974
@@ -318,6 +318,12 @@ def as_text(
     "Words of others as Markdown shows them: no table ends in them, no code and no tag begins."
     line = " ".join("".join(c if c.isprintable() else " " for c in str(words)).split())
     return re.sub(r"[|`\\]|<(?=[a-zA-Z/!?])|(?<=\])\(", lambda c: "&lt;" if c[0] == "<" else "\\" + c[0], line)
+
+# %% ../nbs/90_core.ipynb #5478f2ff
+def markdown(lines: list[list[str]]) -> str:  # the first line is the head
+    "A table in Markdown; what comes from files cannot end a cell or begin a tag."
+    lines = [[as_text(cell) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 # %% ../nbs/90_core.ipynb #4c70b77d
 @contextmanager

@@ -14,13 +14,13 @@ from copy import deepcopy
 from pathlib import Path
 
 from .attacks import PGD, correct, robust_to
-from .core import as_text, packed_weights, plain_name, read_weights, replacing, write_json
+from .core import as_text, markdown, packed_weights, plain_name, read_weights, replacing, write_json
 from .data import Loader
 from .evaluation import accuracy
 from .runs import Ledger, called, chosen_by, provenance, run_of
 from .sanity import failed
 from .still import device_of, full_precision
-from .tables import LABELS, interval, markdown
+from .tables import LABELS, interval
 
 # %% ../nbs/76_hub.ipynb #49bb1507
 IMAGES = 1000

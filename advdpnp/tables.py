@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TABLES', 'KINDS', 'ABLATION', 'QUICK_ABLATION', 'SWEEPS', 'ROWS', 'LABELS', 'GEOMETRY', 'ANCHORS', 'ANGLES',
            'TRADEOFF', 'READING', 'TEXTS', 'sweep_rows', 'chosen_rows', 'chosen_seeds', 'table_runs', 'grouped',
-           'over_seeds', 'accuracies', 'checks_of', 'sizes', 'tabulate', 'markdown', 'interval', 'accuracy_cell',
-           'readable', 'failed_checks', 'setting', 'paired_text', 'published', 'corruption_rows', 'geometry_rows',
-           'numbers', 'corruption_text', 'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap',
-           'verdicts_of', 'fronts_apart', 'tradeoff_rows', 'tradeoff_text', 'mixed_images', 'result_text',
-           'table_files', 'save', 'Table', 'Plan', 'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table',
-           'make_table', 'data_folder', 'kept_text']
+           'over_seeds', 'accuracies', 'checks_of', 'sizes', 'tabulate', 'interval', 'accuracy_cell', 'readable',
+           'failed_checks', 'setting', 'paired_text', 'published', 'corruption_rows', 'geometry_rows', 'numbers',
+           'corruption_text', 'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap', 'verdicts_of',
+           'fronts_apart', 'tradeoff_rows', 'tradeoff_text', 'mixed_images', 'result_text', 'table_files', 'save',
+           'Table', 'Plan', 'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table',
+           'data_folder', 'kept_text']
 
 # %% ../nbs/72_tables.ipynb #154364e4
 import itertools
@@ -24,7 +24,7 @@ from fastcore.basics import patch
 
 from .cluster import run_on
 from .comparison import compare
-from .core import as_text, one_of, replacing
+from .core import as_text, markdown, one_of, replacing
 from .corruptions import GROUPS
 from .data import is_path
 from .evaluation import verdicts_in
@@ -188,12 +188,6 @@ def tabulate(
         not_run=[checks_of(seeds, which, None) for seeds in runs],
         mixed_n=[mixed(seeds) for seeds in runs],
     )
-
-# %% ../nbs/72_tables.ipynb #5478f2ff
-def markdown(lines: list[list[str]]) -> str:  # the first line is the head
-    "A table in Markdown; what comes from files cannot end a cell or begin a tag."
-    lines = [[as_text(cell) for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 # %% ../nbs/72_tables.ipynb #df341880
 def interval(found: dict) -> str:  # with low and high, in per cent

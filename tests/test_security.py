@@ -19,12 +19,12 @@ from hypothesis import strategies as some
 from typer.testing import CliRunner
 
 from advdpnp.cli import app
-from advdpnp.core import as_text, plain_name, write_json
+from advdpnp.core import as_text, markdown, plain_name, write_json
 from advdpnp.data import load_dataset
 from advdpnp.evaluation import report
 from advdpnp.hub import pack, publish
 from advdpnp.runs import Ledger, load_checkpoint, make_config
-from advdpnp.tables import markdown, readable
+from advdpnp.tables import readable
 from advdpnp.training import load_state
 
 from conftest import TINY
