@@ -56,6 +56,18 @@ def test_findings_are_those_of_the_records(page):
     assert all(undecided(apart(first, "clean", method)) for method in ("PGD-AT", "dual-branch linear"))
     last = accuracies(records("table1.small"), "last")
     assert better(apart(last, "clean", "PGD-AT")) and worse(apart(last, "clean", "dual-branch linear"))
+    linear, trades = ([apart(last, name, method) for name in ("clean", "cw", "pgd20")]
+                      for method in ("dual-branch linear", "TRADES"))
+    assert worse(linear[0]) and better(linear[1]) and undecided(trades[0]) and undecided(trades[1]) and worse(trades[2])
+    assert (f"is {-linear[0][0]:.1f} points better on clean images and {linear[1][0]:.1f} points worse under C&W. TRADES "
+            f"is level with it in both, and {-trades[2][0]:.1f} points better under PGD-20.") in prose
+    spread = {which: accuracies(records("table1.small"), which).groupby("method")[["clean", "cw"]].std()
+              for which in ("best", "last")}
+    means = {which: accuracies(records("table1.small"), which).groupby("method")[["clean", "cw"]].mean()
+             for which in ("best", "last")}
+    adversarial = ["PGD-AT", "TRADES", "MART", "dual-branch linear", "Adv-DPNP"]
+    assert (spread["last"] < spread["best"]).loc[adversarial].all().all()  # seeds differ less at the last epoch
+    assert (means["last"] > means["best"] - 0.15).loc[adversarial].all().all()  # and nothing is lost
     attacked = apart(first, "autoattack", "TRADES")
     pair = ([r["best"]["metrics"]["autoattack"]["accuracy"] for r in records("table1.small") if r["method"] == method]
             for method in ("Adv-DPNP", "TRADES"))
