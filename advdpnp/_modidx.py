@@ -141,6 +141,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                              'advdpnp.cli.runs': ('cli.html#runs', 'advdpnp/cli.py'),
                              'advdpnp.cli.say_data': ('cli.html#say_data', 'advdpnp/cli.py'),
                              'advdpnp.cli.say_version': ('cli.html#say_version', 'advdpnp/cli.py'),
+                             'advdpnp.cli.shard_files': ('cli.html#shard_files', 'advdpnp/cli.py'),
                              'advdpnp.cli.show': ('cli.html#show', 'advdpnp/cli.py'),
                              'advdpnp.cli.show_bill': ('cli.html#show_bill', 'advdpnp/cli.py'),
                              'advdpnp.cli.table': ('cli.html#table', 'advdpnp/cli.py'),

@@ -7,10 +7,10 @@ __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'o
            'needed_arguments', 'import_model', 'write_anything', 'as_typed', 'plain_errors', 'show', 'say_version',
            'main', 'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks', 'record_path',
            'check_request', 'measure_model', 'write_robustbench', 'write_report', 'opened', 'Shard', 'Whole',
-           'in_shards', 'in_jobs', 'record_of', 'evaluate_command', 'data_of', 'new_file', 'report_command',
-           'compare_command', 'run_together', 'train', 'runs', 'parse_jobs', 'show_bill', 'table', 'publish',
-           'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of',
-           'numbers', 'doctor']
+           'shard_files', 'in_shards', 'in_jobs', 'record_of', 'evaluate_command', 'data_of', 'new_file',
+           'report_command', 'compare_command', 'run_together', 'train', 'runs', 'parse_jobs', 'show_bill', 'table',
+           'publish', 'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end', 'run_step', 'work_through',
+           'tables_of', 'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
 import difflib
@@ -475,21 +475,25 @@ class Whole(Shard):
             twin = open_model(twin)[0].to(pick_device(words[-2])) if twin else None
             return measure_model(words[0], net, config, data, attacks, output, twin=twin, **options)
 
+# %% ../nbs/78_cli.ipynb #5a4d0001
+def shard_files(output: Path, shards: int) -> list[Path]:
+    "Where the shards of a record lie, beside it."
+    return [output.with_name(f".{output.name}.shards") / f"{number}-of-{shards}.json" for number in range(shards)]
+
 # %% ../nbs/78_cli.ipynb #598b42a0
 def in_shards(shards: int, output: Path, words: tuple, twin: str | None, options: dict, found: tuple) -> dict:
     "The record of an evaluation whose attacks are made side by side on this machine."
     from advdpnp.core import cores, pick_device
     from advdpnp.runs import Workers, cards
 
-    folder = output.with_name(f".{output.name}.shards")
-    files = [folder / f"{number}-of-{shards}.json" for number in range(shards)]
+    files = shard_files(output, shards)
     work = [(None, file, i, shards, words, options) for i, file in enumerate(files) if not file.exists()]
     gpus = cards(pick_device(words[-2]))
     with Workers(min(len(work), len(gpus) or cores()), gpus) as workers:
         for error in workers.do(Shard(), work):
             raise error
     record = Whole()(None, files, output, words, twin, options, found)
-    shutil.rmtree(folder)
+    shutil.rmtree(files[0].parent)
     return record
 
 
@@ -498,8 +502,8 @@ def in_jobs(cluster, shards: int, output: Path, words: tuple, twin: str | None, 
     from advdpnp.cluster import Piece, jobs_that_have, raise_lost, say_submitted, submit, wait_for
 
     output = output.absolute()
-    folder = output.with_name(f".{output.name}.shards")
-    files = [folder / f"{number}-of-{shards}.json" for number in range(shards)]
+    files = shard_files(output, shards)
+    folder = files[0].parent
     pieces = [Piece(f"shard {i + 1}", folder, f"shard{i}", file) for i, file in enumerate(files) if not file.exists()]
     work = [(file, i, shards, words, options) for i, file in enumerate(files) if not file.exists()]
     made = submit(cluster, folder / "jobs", Shard(), [(piece, *more) for piece, more in zip(pieces, work)])
