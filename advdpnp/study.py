@@ -62,7 +62,8 @@ class LinearHead(nn.Linear):
     def forward(self, features, detach=False):
         "The logits (B, K) of features (B, d); with `detach`, weight and bias are constants."
         weight, bias = (p if p is None or not detach else p.detach() for p in (self.weight, self.bias))
-        return F.linear(features, weight, bias)
+        with torch.autocast(features.device.type, enabled=False):  # as that of prototypes
+            return F.linear(features.to(weight.dtype), weight, bias)
 
 # %% ../nbs/75_study.ipynb #75000037
 def with_head(
