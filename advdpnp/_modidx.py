@@ -846,6 +846,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                                'advdpnp.study.Study.alone': ('study.html#study.alone', 'advdpnp/study.py'),
                                'advdpnp.study.Study.asked': ('study.html#study.asked', 'advdpnp/study.py'),
                                'advdpnp.study.Study.at_once': ('study.html#study.at_once', 'advdpnp/study.py'),
+                               'advdpnp.study.Study.check_comparable': ('study.html#study.check_comparable', 'advdpnp/study.py'),
+                               'advdpnp.study.Study.is_of': ('study.html#study.is_of', 'advdpnp/study.py'),
                                'advdpnp.study.Study.kept': ('study.html#study.kept', 'advdpnp/study.py'),
                                'advdpnp.study.Study.net': ('study.html#study.net', 'advdpnp/study.py'),
                                'advdpnp.study.Study.records': ('study.html#study.records', 'advdpnp/study.py'),

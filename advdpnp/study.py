@@ -102,6 +102,7 @@ class Study:
     config: dict  # from `make_config`; settings of training that no variant changes
     images: Dataset  # from `held_out`
     variants: dict[str, Variant]
+    baseline: str  # the variant that the others are compared with
     attacks: list  # see `evaluate`
     data_dir: Path
     device: torch.device
@@ -110,6 +111,7 @@ class Study:
     runs: str = ""  # the study whose runs these are; empty: this one
 
     def __post_init__(self):
+        one_of(self.baseline, self.variants, "variant")
         for which in self.measured:
             one_of(which, ("best", "last"), "epoch")
 
@@ -173,15 +175,28 @@ def run(
     write_json(path, record | found | provenance(self.device))
     return read_json(path)
 
-# %% ../nbs/75_study.ipynb #75000021
+# %% ../nbs/75_study.ipynb #75000044
+@patch
+def is_of(self: Study, record: dict) -> bool:
+    "Whether a record is one of this study's, as it is defined now."
+    variant, made = self.variants.get(record["method"]), record.get("trained_with", {})
+    if variant is None or identity(record["config"]) != identity(self.config):
+        return False
+    method, names = dataclasses.asdict(variant.method), {attack.name for attack in self.attacks} | {"clean", "worst"}
+    usual = {field.name: field.default for field in dataclasses.fields(variant.method)}  # in records before a setting
+    return (made["method"]["class"] == type(variant.method).__name__
+            and all(made["method"].get(name, usual[name]) == value for name, value in method.items())
+            and all(made[name] == value for name, value in variant.settings.items())
+            and all({*record[which]["metrics"]} == names for which in self.measured if which in record))
+
+
 @patch
 def kept(self: Study) -> dict:  # (variant, seed) to record
-    "The records in the folder of results."
+    "The records in the folder of results, of any seed."
     paths = [Path(f"{self.stem(finished)}.json") for finished in (False, True)]
-    return {(r["method"], r["seed"]): r for path in paths if path.exists() for r in read_json(path)
-            if identity(r["config"]) == identity(self.config)}
+    return {(r["method"], r["seed"]): r for path in paths if path.exists() for r in read_json(path) if self.is_of(r)}
 
-
+# %% ../nbs/75_study.ipynb #75000021
 @patch
 def at_once(self: Study, jobs: int | str) -> int:
     "How many runs there are at a time; with 'auto' one on a GPU, else one a core."
@@ -196,6 +211,14 @@ def alone(self: Study, *run):
 
 
 @patch
+def check_comparable(self: Study, done: list[tuple], so_far: str):  # runs
+    "Raise a TimeoutError unless the baseline and another variant share a seed."
+    seeds = {seed for name, seed in done if name == self.baseline}
+    if not any(name != self.baseline and seed in seeds for name, seed in done):
+        raise TimeoutError(f"nothing can be compared yet: {so_far}")
+
+
+@patch
 def records(
     self: Study,
     jobs: int | str = "auto",  # runs at a time, see `at_once`
@@ -205,13 +228,12 @@ def records(
     kept, deadline = self.kept(), time.monotonic() + 60 * minutes if minutes else None
     new = Parallel(self.at_once(jobs))(delayed(self.alone)(*run, deadline) for run in self.asked if run not in kept)
     kept |= {(r["method"], r["seed"]): r for r in new if r}
-    found = [kept[run] for run in self.asked if run in kept]
-    so_far = f"{len(found)} of {len(self.asked)} runs are done"
-    so_far += "; the same command goes on" * (len(found) < len(self.asked))
-    if len({r["method"] for r in found}) < min(2, len(self.variants)):
-        raise TimeoutError(f"nothing can be compared yet: {so_far}")
+    left = len({*self.asked} - {*kept})
+    so_far = f"{len(self.asked) - left} of {len(self.asked)} runs are done" + "; the same command goes on" * bool(left)
+    self.check_comparable([*kept], so_far)
     print(so_far)
-    return found
+    return [kept[name, seed] for seed in sorted({seed for _, seed in kept}) for name in self.variants
+            if (name, seed) in kept]
 
 # %% ../nbs/75_study.ipynb #75000031
 @patch
@@ -222,7 +244,7 @@ def write(
     figure,  # of matplotlib
 ):
     "Write the files of a study."
-    finished = len(records) == len(self.asked)
+    finished = {*self.asked} <= {(r["method"], r["seed"]) for r in records}
     stem = self.stem(finished)
     save(stem, {".json": json.dumps(records, indent=1), ".csv": rows.to_csv(index=False)})
     with replacing(Path(f"{stem}.png")) as part:
@@ -243,13 +265,15 @@ def accuracies(
 
 # %% ../nbs/75_study.ipynb #75000026
 def differences(
-    records: list[dict],  # from `Study.records`, of two variants or more
-    to: str,  # compare each variant with this one
+    records: list[dict],  # from `Study.records`
+    to: str,  # compare each variant with this one, over the seeds that both have
     which: str = "last",  # or "best"
 ) -> pd.DataFrame:  # variant, metric, accuracy, difference, low, high, p, adjusted (Holm), images, seeds
     "How much better each variant is than one of them, on the same images."
     runs = {name: [r for r in records if r["method"] == name] for name in dict.fromkeys(r["method"] for r in records)}
-    pairs = [compare({to: runs[to], name: runs[name]}, to, which).rows for name in runs if name != to]
+    seeds = {name: {r["seed"] for r in found} for name, found in runs.items()}
+    pairs = [compare({to: runs[to], name: runs[name]}, to, which).rows for name in runs
+             if name != to and seeds[name] & seeds[to]]
     rows = pd.concat(pairs, ignore_index=True).rename(columns=dict(b="variant", accuracy_b="accuracy"))
     rows = rows.assign(difference=-rows["difference"], low=-rows["high"], high=-rows["low"],
                        adjusted=rows.groupby("metric")["p"].transform(holm))
@@ -268,7 +292,7 @@ def draw_differences(
         part = rows[rows["metric"] == metric].set_index("variant").reindex(names)
         ax.axvline(0, color="0.45", ls=":", lw=1)
         for place, r in enumerate(part.itertuples()):
-            colour = "0.65" if r.low <= 0 <= r.high else "0.1"
+            colour = "0.1" if r.low > 0 or r.high < 0 else "0.65"
             ax.plot([r.low, r.high], [place, place], color=colour, lw=1.5)
             ax.plot(r.difference, place, marker="o", ms=5, color=colour)
         ax.set(title=metric, ylim=(len(names) - 0.4, -0.6))

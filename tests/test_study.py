@@ -10,11 +10,11 @@ import pytest
 import torch
 from pages import ROOT, run_page
 
-from advdpnp.attacks import PGD
+from advdpnp.attacks import FGSM, PGD
 from advdpnp.core import read_json
 from advdpnp.data import load_dataset
 from advdpnp.evaluation import verdicts_in
-from advdpnp.methods import PGDAT, AdvDPNP
+from advdpnp.methods import PGDAT, TRADES, AdvDPNP, DualBranchLinear
 from advdpnp.runs import make_config
 from advdpnp.study import LinearHead, Study, Variant, accuracies, differences, draw_differences, held_out, with_head
 
@@ -28,7 +28,8 @@ def study(tmp_path):
     config = make_config("PGD-AT", "quick", device="cpu", epochs=3, val_size=40)
     net, method = with_head("cifar_resnet8", images, LinearHead), PGDAT(eps=0.2, steps=1)
     variants = {"first": Variant(net, method), "second, faster": Variant(net, method, dict(lr=0.8))}
-    return Study("figure0", config, images, variants, [PGD(0.2, steps=3)], tmp_path, torch.device("cpu"), [0, 1])
+    return Study("figure0", config, images, variants, "first", [PGD(0.2, steps=3)], tmp_path, torch.device("cpu"),
+                 seeds=[0, 1])
 
 
 def same_numbers(a, b):
@@ -100,6 +101,28 @@ def test_records_of_other_settings_are_not_taken(study):
     study.write(records, differences(records, "first"), draw_differences(differences(records, "first"), ["clean"]))
     assert [*study.kept()] == study.asked[:2]
     assert dataclasses.replace(study, config=study.config | dict(epochs=4)).kept() == {}
+    assert dataclasses.replace(study, attacks=[FGSM(0.2)]).kept() == {}
+    first, second = study.variants.values()
+    slower, other = dict(settings=dict(lr=0.4)), dict(method=TRADES(eps=0.2))
+    for changed in (dataclasses.replace(second, **change) for change in (slower, other)):
+        other = dataclasses.replace(study, variants={"first": first, "second, faster": changed})
+        assert [*other.kept()] == [("first", 0)]
+
+
+def test_fewer_seeds_lose_no_record(study):
+    records = study.records(jobs=1)
+    for asked in (study, dataclasses.replace(study, seeds=[1])):
+        rows = differences(found := asked.records(jobs=1), "first")
+        assert found == records
+        asked.write(found, rows, draw_differences(rows, ["clean"]))
+    assert len(study.kept()) == 4
+
+
+def test_what_cannot_be_compared_is_said(study):
+    study.run("first", 0)
+    study.run("second, faster", 1)
+    with pytest.raises(TimeoutError, match="nothing can be compared yet: 2 of 4 runs are done"):
+        study.records(jobs=1, minutes=1e-6)
 
 
 def test_a_folder_of_another_variant_is_refused(study):
@@ -133,6 +156,19 @@ def test_all_variants_have_the_same_backbone():
     nets = [with_head("cifar_resnet8", images, head)(3) for head in heads]
     states = [net.backbone.state_dict() for net in nets]
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+def test_a_linear_head_trains_in_the_precision_of_prototypes(batch):
+    "Under bfloat16, logits of both heads are float32: otherwise a study would compare number types."
+    x, y = batch
+    images = held_out(load_dataset("digits"), 100, 100)
+    net = with_head("cifar_resnet8", images, LinearHead)(0)
+    settings = dict(eps=0.2, consistency=3.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [method.loss(net.eval(), x, x.flip(0), y)[0].item() for method in (
+            DualBranchLinear(**settings), AdvDPNP(**settings, alignment=0.0, repulsion=0.0, clean_only_update=False))]
+        assert net.head(net.features(x)).dtype == net.head(net.features(x), detach=True).dtype == torch.float32
+    assert losses[0] == losses[1]
 
 
 def test_a_linear_head_can_be_held_constant(batch):
