@@ -190,6 +190,13 @@ def test_pages_of_studies_say_that_time_was_too_short(page, tmp_path):
         run_page(page, data_dir=str(tmp_path), preset="quick", minutes=0.0001, jobs=1, device="cpu")
 
 
+def test_each_task_of_a_page_says_that_time_was_too_short(tmp_path, capsys):
+    run_page("figure5", data_dir=str(tmp_path), preset="quick", minutes=0.0001, jobs=1, device="cpu")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in said] == ["classes", "groups", "tenth"]
+    assert all("nothing can be compared yet: 0 of 16 runs are done" in line for line in said)
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("figure3.*.json")), ids=lambda p: p.name)
 def test_kept_differences_are_those_of_the_records(path):
     kept, records = pd.read_csv(path.with_suffix(".csv")), read_json(path)
