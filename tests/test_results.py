@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
+from advdpnp.study import differences
 from advdpnp.tables import accuracies, corruption_rows, geometry_rows
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +117,36 @@ def test_what_is_said_of_records_holds(page):
     assert len(cascades) == 4 and max(abs(row["ours"] - row["official"]) for row in cascades) < 0.5
     found = pd.read_csv(RESULTS / "figure2.small.csv")
     assert ((found["low"] < 0) & (found["high"] > 0)).all() and "every interval holds zero" in prose
+
+
+def test_what_a_study_found_is_what_its_records_say(page):
+    "Each step of figure 3, compared with the variant it was made from."
+    *_, prose = page
+    records = json.loads(next(RESULTS.glob("figure3.small*.json")).read_text())
+
+    def step(new, old, metric):
+        rows = differences([r for r in records if r["method"] in (new, old)], old).set_index("metric")
+        return tuple(rows.loc[metric, ["difference", "low", "high"]])
+
+    better, worse, undecided = (lambda d: d[1] > 0), (lambda d: d[2] < 0), (lambda d: d[1] <= 0 <= d[2])
+    own, one, fixed = ("… a direction and a learned norm for each class", "… rows of one learned norm",
+                       "… of the fixed norm α")
+    lost = [step(one, own, metric) for metric in ("clean", "worst")]
+    assert all(map(worse, lost)) and len({f"{-points:.1f}" for points, *_ in lost}) == 1
+    assert f"A common norm, which is learned, takes {-lost[0][0]:.1f} points from both." in prose
+    assert all(undecided(step(*pair, metric)) for metric in ("clean", "worst")
+               for pair in ((own, "… no bias"), (fixed, one)))
+    linear = step("clean branch moves the head", "dual-branch linear", "clean")
+    ours = step("Adv-DPNP, both branches move it", "Adv-DPNP", "clean")
+    assert worse(linear) and better(ours)
+    assert f"{-linear[0]:.1f} points with the linear layer, and {ours[0]:.1f} points with Adv-DPNP" in prose
+    assert undecided(step("clean branch moves the head", "dual-branch linear", "worst"))
+    assert undecided(step("Adv-DPNP, both branches move it", "Adv-DPNP", "worst"))
+    gained, paid = (step("… repulsion", fixed, metric) for metric in ("clean", "worst"))
+    assert better(gained) and worse(paid)
+    assert f"clean accuracy is {gained[0]:.1f} points higher, the worst case {-paid[0]:.1f} points lower" in prose
+    assert all(undecided(step(name, "… repulsion", metric)) for metric in ("clean", "worst")
+               for name in ("… alignment of features only", "… alignment of both", "Adv-DPNP"))
+    assert all(undecided(step("Adv-DPNP, a learned norm for each class", "Adv-DPNP", metric))
+               for metric in ("clean", "worst"))
+    assert ({r["seed"] for r in records} == {0}) == ("**With one seed: nothing that is seen" in prose)
