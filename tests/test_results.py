@@ -60,8 +60,8 @@ def test_findings_are_those_of_the_records(page):
     linear, trades = ([apart(last, name, method) for name in ("clean", "cw", "pgd20")]
                       for method in ("dual-branch linear", "TRADES"))
     assert worse(linear[0]) and better(linear[1]) and undecided(trades[0]) and undecided(trades[1]) and worse(trades[2])
-    assert (f"is {-linear[0][0]:.1f} points better on clean images and {linear[1][0]:.1f} points worse under C&W. TRADES "
-            f"is level with it in both, and {-trades[2][0]:.1f} points better under PGD-20.") in prose
+    assert (f"is {-linear[0][0]:.1f} points better on clean images and {linear[1][0]:.1f} points worse under C&W. "
+            f"TRADES is level with it in both, and {-trades[2][0]:.1f} points better under PGD-20.") in prose
     spread = {which: accuracies(records("table1.small"), which).groupby("method")[["clean", "cw"]].std()
               for which in ("best", "last")}
     means = {which: accuracies(records("table1.small"), which).groupby("method")[["clean", "cw"]].mean()
