@@ -150,3 +150,28 @@ def test_what_a_study_found_is_what_its_records_say(page):
     assert all(undecided(step("Adv-DPNP, a learned norm for each class", "Adv-DPNP", metric))
                for metric in ("clean", "worst"))
     assert ({r["seed"] for r in records} == {0}) == ("**With one seed: nothing that is seen" in prose)
+
+
+def test_what_is_said_of_trust_and_new_classes_is_in_the_records(page):
+    *_, prose = page
+    rows = pd.read_csv(next(RESULTS.glob("figure6.small*.csv"))).set_index(["variant", "metric"])
+    networks = {name.split(": ")[0] for name, metric in rows.index if metric == "fooled"}
+    assert len(networks) == 3 and {*rows["seeds"]} == {1}
+    for network in networks:
+        for task in ("wrong", "attacked"):
+            scores = {name: r["value"] for (name, metric), r in rows.iterrows()
+                      if name.startswith(f"{network}: ") and metric == task}
+            assert max(scores, key=scores.get) == f"{network}: softmax"
+            assert scores[f"{network}: class mean"] < 52 and abs(
+                rows.loc[(f"{network}: softmax", task), "difference"]) < 1
+        for name, metric in rows.index:
+            assert metric != "fooled" or 70 < rows.loc[(name, metric), "value"] < 80
+    both = [rows.loc[(f"{name}: softmax", "foreign")] for name in ("Adv-DPNP", "Adv-DPNP, features only")]
+    behind = [-r["difference"] for r in both]
+    assert all(r["high"] < 0 for r in both)
+    assert f"by {behind[0]:.1f} and {behind[1]:.1f} points." in prose
+    ece = [rows.loc[(name, "ECE"), "value"] for name in ("dual-branch linear", "Adv-DPNP", "Adv-DPNP, features only")]
+    assert (f"{ece[0]:.1f}% for the linear layer, {ece[1]:.1f}% for Adv-DPNP and {ece[2]:.1f}% for the third" in prose)
+    new = [(metric, r) for (name, metric), r in rows.iterrows() if ", mean" in metric and name != "dual-branch linear"]
+    under = [r for metric, r in new if metric.endswith(", mean, PGD")]
+    assert not any(r["low"] > 0 for _, r in new) and len(under) == 12 and sum(r["high"] < 0 for r in under) == 9
