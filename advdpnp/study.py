@@ -226,7 +226,8 @@ def records(
 ) -> list[dict]:
     "The records of all runs, or of those that are done when time is up; a TimeoutError if they cannot be compared."
     kept, deadline = self.kept(), time.monotonic() + 60 * minutes if minutes else None
-    new = Parallel(self.at_once(jobs))(delayed(self.alone)(*run, deadline) for run in self.asked if run not in kept)
+    missing = [run for run in self.asked if run not in kept]
+    new = Parallel(self.at_once(jobs), mmap_mode="c")(delayed(self.alone)(*run, deadline) for run in missing)
     kept |= {(r["method"], r["seed"]): r for r in new if r}
     left = len({*self.asked} - {*kept})
     so_far = f"{len(self.asked) - left} of {len(self.asked)} runs are done" + "; the same command goes on" * bool(left)
