@@ -162,10 +162,11 @@ def run(
         return read_json(path)
     if deadline is not None and seconds() <= 0 or not trainer.fit(seconds()):
         return None
-    found = {}
+    found, weights = {}, {which: trainer.weights(which) for which in self.measured}
     for which in self.measured:
+        trainer.net.load_state_dict(weights[which])
         try:
-            found[which] = evaluate(self.net(name, seed, which), self.images, self.attacks, check_images=100,
+            found[which] = evaluate(trainer.net, self.images, self.attacks, check_images=100,
                                     resume=trainer.folder / f"attacked-{which}.json", deadline=deadline,
                                     title=f"{name} s{seed} {which}")
         except TimeoutError:

@@ -13,7 +13,7 @@ from pages import ROOT, run_page
 from advdpnp.attacks import FGSM, PGD
 from advdpnp.core import read_json
 from advdpnp.data import load_dataset
-from advdpnp.evaluation import verdicts_in
+from advdpnp.evaluation import evaluate, verdicts_in
 from advdpnp.methods import PGDAT, TRADES, AdvDPNP, DualBranchLinear
 from advdpnp.runs import make_config
 from advdpnp.study import LinearHead, Study, Variant, accuracies, differences, draw_differences, held_out, with_head
@@ -64,6 +64,15 @@ def test_an_interrupted_run_gives_the_same_record(study, tmp_path):
         assert tries < 100
     assert tries and same_numbers(found, whole)
     assert [line["robust"] for line in found["history"]] == [line["robust"] for line in whole["history"]]
+
+
+def test_best_and_last_epoch_are_measured_each_with_its_weights(study):
+    both = dataclasses.replace(study, measured=("best", "last"))
+    record = both.run("second, faster", 2)
+    for which in both.measured:
+        found = evaluate(both.net("second, faster", 2, which), both.images, both.attacks, check_images=100, quiet=True)
+        assert found["verdicts"] == record[which]["verdicts"]
+    assert record["best"]["verdicts"] != record["last"]["verdicts"]
 
 
 def test_two_at_a_time_give_the_same_records(study, tmp_path):
