@@ -698,6 +698,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                               'advdpnp.runs.as_kind': ('runs.html#as_kind', 'advdpnp/runs.py'),
                               'advdpnp.runs.as_parameter': ('runs.html#as_parameter', 'advdpnp/runs.py'),
                               'advdpnp.runs.as_place': ('runs.html#as_place', 'advdpnp/runs.py'),
+                              'advdpnp.runs.as_seeds': ('runs.html#as_seeds', 'advdpnp/runs.py'),
                               'advdpnp.runs.at_work': ('runs.html#at_work', 'advdpnp/runs.py'),
                               'advdpnp.runs.attacked': ('runs.html#attacked', 'advdpnp/runs.py'),
                               'advdpnp.runs.attacked_epoch': ('runs.html#attacked_epoch', 'advdpnp/runs.py'),

@@ -269,8 +269,7 @@ def open_images(
 
     if name is None and not config:
         raise ValueError("which data? name a data set with --dataset")
-    dataset = load_dataset(name or config["dataset"], data_dir)
-    return averaged(dataset, config["side"]) if config.get("side") else dataset
+    return averaged(load_dataset(name or config["dataset"], data_dir), config.get("side"))
 
 # %% ../nbs/78_cli.ipynb #80691411
 def say_data(dataset):

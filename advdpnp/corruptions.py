@@ -492,7 +492,7 @@ def at(
     begin = len(five) // 5 * (one_of(severity, range(1, 6), "severity") - 1)
     x, y = np.array(five[begin : begin + self.count][:images]), self.dataset.y_test[: self.count][:images]
     data = replace(self.dataset, x_train=x[:0], y_train=y[:0], x_test=x, y_test=y)
-    return averaged(data, side) if side else data
+    return averaged(data, side)
 
 # %% ../nbs/66_corruptions.ipynb #175755b6
 def recipe_of(

@@ -801,15 +801,15 @@ def square_means(
 # %% ../nbs/92_data.ipynb #aa70d61e
 def averaged(
     dataset: Dataset,  # of square images
-    side: int,  # of the new images; divides the side of the old ones
+    side: int | None,  # of the new images; divides the side of the old ones; None: as it is
 ) -> Dataset:  # named "<name>-<side>px"; with no work to do, `dataset` itself
     "The same images at side x side pixels, each pixel the rounded mean of a square of old ones."
     h, w, _ = dataset.x_test.shape[1:]
+    if side is None or side == h == w:
+        return dataset
     if side < 1 or h != w or h % side:
         raise ValueError(f"cannot average images of {dataset.name}, {h}x{w}, to {side}x{side}: expected square images "
                          f"and one of the sides {', '.join(str(n) for n in range(1, h + 1) if h % n == 0)}")
-    if side == h:
-        return dataset
     return replace(dataset, name=f"{dataset.name}-{side}px", x_train=square_means(dataset.x_train, side),
                    x_test=square_means(dataset.x_test, side), mean=(), std=())
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'FRESH', 'MOST', 'MOST_AUTOATTACK', 'RECORDS',
            'RESULTS', 'budget_of', 'as_place', 'called', 'Config', 'kinds_of', 'float_of', 'as_kind', 'chosen_for',
-           'usual_settings', 'from_flat', 'make_config', 'config_hash', 'as_parameter', 'check_parameters',
+           'usual_settings', 'from_flat', 'make_config', 'config_hash', 'as_parameter', 'as_seeds', 'check_parameters',
            'commit_of_package', 'processor', 'provenance', 'forget_peak', 'one_thread', 'network_of', 'check_run',
            'run_of', 'load_checkpoint', 'queue', 'this_job', 'claims', 'owner', 'claim', 'at_work', 'is_running',
            'Ledger', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by', 'attacked_epoch', 'attacked', 'some_images',
@@ -279,6 +279,16 @@ def as_parameter(
         value = int(text)
     return as_kind(name, value, str | int if numbered else str)
 
+# %% ../nbs/70_runs.ipynb #4d23b80e
+def as_seeds(
+    seeds: str | int | list[int],  # text has commas between them
+) -> list[int]:
+    "The seeds that a notebook or a command was given."
+    try:
+        return [int(seed) for seed in (seeds if isinstance(seeds, (list, tuple)) else str(seeds).split(","))]
+    except ValueError:
+        raise ValueError(f"seeds are {seeds!r}: expected whole numbers, such as 0 or 0,1,2") from None
+
 # %% ../nbs/70_runs.ipynb #96f52741
 def check_parameters(
     given: dict,  # a notebook's globals; parameters are put into the form that the notebook expects
@@ -303,11 +313,14 @@ _WITH_EXTRAS = ", ".join(f"{method}+{extra}" for method in _THREE for extra in E
 _RUNS = [f"data/runs/cifar10/{method}-cifar_resnet18-fast-s0" for method in FEW.split(", ")]
 _EVERY_IMAGE = [["evaluate", f"{run}/{which}.safetensors", "--attacks", "autoattack",
                  "--output", f"{run}/{which}-every-image.json"] for which in ("best", "last") for run in _RUNS]
+_STUDIES = {preset: [["notebook", f"figure{n}", f"preset={preset}"] for n in (3, 6, 4, 5)]
+            for preset in ("quick", "small")}  # figure6 asks the networks of figure3
 PLANS = {  # a table, a notebook, an evaluation; "chosen" stops until the search's result is in CHOSEN
-    "quick": [["table", n] for n in (1, 4, 5, 6, 7)],
+    "quick": [["table", n] for n in (1, 4, 5, 6, 7)] + _STUDIES["quick"],
     "small": [["table", 1], ["table", 4], ["table", 5], ["table", 7], ["table", 2],
               ["table", 3, "--dataset", "svhn10k"], ["table", 6],
-              ["notebook", "figure2", "preset=small", "use_results=True"]],
+              ["notebook", "figure2", "preset=small", "use_results=True"],
+              *_STUDIES["small"]],
     "fast": [  # with what was chosen at the preset small, then with a search of its own
         ["table", 1, "--methods", "Adv-DPNP, TRADES, dual-branch linear, PGD-AT"], ["table", 1], ["table", 4],
         ["table", 5], ["notebook", "benchmark", "parts=training,photos,costs"], ["table", 1, "--seeds", "0,1,2"],
@@ -591,8 +604,7 @@ def dataset(self: Ledger, config):
     "The images of a run."
     key = name, side, images = tuple(config[key] for key in ("dataset", "side", "train_images"))
     if key not in self._datasets:
-        dataset = load_dataset(name, self.data_dir)
-        dataset = averaged(dataset, side) if side else dataset
+        dataset = averaged(load_dataset(name, self.data_dir), side)
         self._datasets[key] = at_most(dataset, images) if images else dataset
     return self._datasets[key]
 

@@ -23,7 +23,8 @@ from fastcore.basics import patch
 from joblib import Parallel, delayed
 from torch import nn
 
-from .attacks import PGD
+from .attacks import CW, PGD
+from .autoattack import APGD
 from .comparison import compare, holm
 from .core import cores, one_of, read_json, replacing, write_json
 from .data import Dataset, stratified_order
@@ -103,10 +104,10 @@ class Study:
     images: Dataset  # from `held_out`
     variants: dict[str, Variant]
     baseline: str  # the variant that the others are compared with
-    attacks: list  # see `evaluate`
     data_dir: Path
     device: torch.device
     seeds: list[int]
+    attacks: list | None = None  # see `evaluate`; None: PGD-20, C&W with 100 steps, and APGD
     measured: tuple = ("last",)  # epochs: "best" is the one with the best validation, see `Trainer`
     runs: str = ""  # the study whose runs these are; empty: this one
 
@@ -114,6 +115,8 @@ class Study:
         one_of(self.baseline, self.variants, "variant")
         for which in self.measured:
             one_of(which, ("best", "last"), "epoch")
+        eps, step_size = self.config["eps"], self.config["eval_step_size"]
+        self.attacks = self.attacks or [PGD(eps, step_size), CW(eps, step_size), APGD(eps)]
 
     @property
     def asked(self) -> list[tuple[str, int]]:

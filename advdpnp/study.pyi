@@ -29,10 +29,10 @@ class Study:
     images: Dataset
     variants: dict[str, Variant]
     baseline: str
-    attacks: list
     data_dir: Path
     device: torch.device
     seeds: list[int]
+    attacks: list | None = None
     measured: tuple = ('last',)
     runs: str = ''
 

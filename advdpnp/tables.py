@@ -29,7 +29,7 @@ from .corruptions import GROUPS
 from .data import is_path
 from .evaluation import verdicts_in
 from .methods import METHODS
-from .runs import FEW, Ledger, as_kind, check_same_images, make_config, status
+from .runs import FEW, Ledger, as_kind, as_seeds, check_same_images, make_config, status
 
 # %% ../nbs/72_tables.ipynb #84c927c3
 TABLES = {1: "cifar10", 2: "cifar100", 3: "svhn", 4: "cifar10", 5: "cifar10", 6: "cifar10", 7: "cifar10"}  # their data
@@ -106,10 +106,7 @@ def chosen_seeds(
     "The seeds of a table."
     if str(seeds) == "auto":
         return [0, 1, 2] if preset == "paper" or preset == "small" and number in (1, 4, 5) else [0]
-    try:
-        return [int(seed) for seed in (seeds if isinstance(seeds, (list, tuple)) else str(seeds).split(","))]
-    except ValueError:
-        raise ValueError(f"seeds are {seeds!r}: expected whole numbers, such as 0 or 0,1,2") from None
+    return as_seeds(seeds)
 
 # %% ../nbs/72_tables.ipynb #3bcddabe
 def table_runs(

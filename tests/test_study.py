@@ -28,8 +28,8 @@ def study(tmp_path):
     config = make_config("PGD-AT", "quick", device="cpu", epochs=3, val_size=40)
     net, method = with_head("cifar_resnet8", images, LinearHead), PGDAT(eps=0.2, steps=1)
     variants = {"first": Variant(net, method), "second, faster": Variant(net, method, dict(lr=0.8))}
-    return Study("figure0", config, images, variants, "first", [PGD(0.2, steps=3)], tmp_path, torch.device("cpu"),
-                 seeds=[0, 1])
+    return Study("figure0", config, images, variants, "first", tmp_path, torch.device("cpu"), [0, 1],
+                 [PGD(0.2, steps=3)])
 
 
 def same_numbers(a, b):
@@ -200,7 +200,8 @@ def test_pages_of_studies_say_that_time_was_too_short(page, tmp_path):
 
 
 def test_each_task_of_a_page_says_that_time_was_too_short(tmp_path, capsys):
-    run_page("figure5", data_dir=str(tmp_path), preset="quick", minutes=0.0001, jobs=1, device="cpu")
+    with pytest.raises(TimeoutError, match="no task can be compared yet: the same command goes on"):
+        run_page("figure5", data_dir=str(tmp_path), preset="quick", minutes=0.0001, jobs=1, device="cpu")
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in said] == ["classes", "groups", "tenth"]
     assert all("nothing can be compared yet: 0 of 16 runs are done" in line for line in said)
