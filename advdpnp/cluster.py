@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .core import close_bar, one_of, pick_device, progress_bar, read_json, write_json
+from .core import close_bar, markdown, one_of, pick_device, progress_bar, read_json, write_json
 from .runs import RECORDS, RESULTS, Ledger, called, claim, claims, do_step, owner, queue, status, this_job
 from .runs import title, usual_settings
 
@@ -138,8 +138,8 @@ def bill_text(
     device: torch.device,
 ) -> str:  # Markdown
     "A bill, as an estimate."
-    lines = ["| run | | training | measuring |", "|---|---|---|---|"]
-    lines += [f"| {i.name} | {i.state} | {as_hours(i.training)} | {as_hours(i.measuring)} |" for i in items]
+    rows = [[i.name, i.state, as_hours(i.training), as_hours(i.measuring)] for i in items]
+    lines = [markdown([["run", "", "training", "measuring"], *rows])]
     there = sum(item.state == "there" for item in items)
     known = [item for item in items if None not in (item.training, item.measuring)]
     total = lambda part: as_hours(sum(getattr(item, part) for item in known))

@@ -26,7 +26,7 @@ from torch import nn
 
 from .attacks import CW, FGSM, PGD, Foreign, PrototypePGD, ThreatModel, all_logits, as_attack, check_labels
 from .attacks import margin, robust_to
-from .core import as_text, number, one_of, own_randomness, read_json, whole, write_json
+from .core import as_text, markdown, number, one_of, own_randomness, read_json, whole, write_json
 from .data import ROUNDING, Dataset, Loader, as_array, as_labels, channels_last, in_parts, lacking
 from .data import stratified_order
 from .still import as_module, device_of, full_precision, held_still, search_precision
@@ -629,10 +629,11 @@ def accuracy_table(
     metrics: dict,  # of a record
 ) -> list[str]:  # lines of Markdown
     "Accuracies with their intervals and numbers of images."
-    lines = ["| | accuracy (%) | 95% interval | images |", "|---|---|---|---|"]
+    rows = [["", "accuracy (%)", "95% interval", "images"]]
     for name, m in metrics.items():
-        lines.append(f"| {as_text(name)} | {m['accuracy']:.2f} | {m['low']:.1f} to {m['high']:.1f} | {m['n']} |")
-        lines += [f"| … after {as_text(stage)} | {left:.2f} | | |" for stage, left in m.get("stages", {}).items()]
+        rows.append([name, f"{m['accuracy']:.2f}", f"{m['low']:.1f} to {m['high']:.1f}", m["n"]])
+        rows += [[f"… after {stage}", f"{left:.2f}", "", ""] for stage, left in m.get("stages", {}).items()]
+    lines = markdown(rows).splitlines()
     if len({m["n"] for m in metrics.values()}) > 1:
         lines += ["", f"The numbers of images differ: worst is over the {metrics['worst']['n']} that all attacks saw."]
     return lines
@@ -645,12 +646,9 @@ def check_table(
     bad, left_out = ([c["name"] for c in checks if c["passed"] is verdict] for verdict in (False, None))
     summary = f"{len(bad)} of {len(checks) - len(left_out)} sanity checks failed"
     summary += (f": {', '.join(bad)}." if bad else ".") + (f" Not run: {', '.join(left_out)}." if left_out else "")
-    lines = [as_text(summary), "", "| check | | found | expected |", "|---|---|---|---|"]
-    for check in checks:
-        verdict = {True: "ok", False: "**failed**", None: "not run"}[check["passed"]]
-        name, found, expected = (as_text(check[key]) for key in ("name", "found", "expected"))
-        lines.append(f"| {name} | {verdict} | {found} | {expected} |")
-    return lines
+    verdicts = {True: "ok", False: "**failed**", None: "not run"}
+    rows = [[c["name"], verdicts[c["passed"]], c["found"], c["expected"]] for c in checks]
+    return [as_text(summary), "", *markdown([["check", "", "found", "expected"], *rows]).splitlines()]
 
 # %% ../nbs/60_evaluation.ipynb #dce43f02
 def report(
