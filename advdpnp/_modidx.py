@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                                     'advdpnp.comparison.dumbbell': ('comparison.html#dumbbell', 'advdpnp/comparison.py'),
                                     'advdpnp.comparison.holm': ('comparison.html#holm', 'advdpnp/comparison.py'),
                                     'advdpnp.comparison.in_words': ('comparison.html#in_words', 'advdpnp/comparison.py'),
+                                    'advdpnp.comparison.intervals': ('comparison.html#intervals', 'advdpnp/comparison.py'),
                                     'advdpnp.comparison.joined': ('comparison.html#joined', 'advdpnp/comparison.py'),
                                     'advdpnp.comparison.matched': ('comparison.html#matched', 'advdpnp/comparison.py'),
                                     'advdpnp.comparison.mcnemar': ('comparison.html#mcnemar', 'advdpnp/comparison.py'),

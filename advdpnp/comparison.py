@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spread', 'mcnemar', 'paired', 'holm', 'Seen', 'seen_in', 'by_seed', 'matched', 'Comparison', 'compare_under',
-           'notes_on', 'compare', 'in_words', 'joined', 'dumbbell', 'read_models']
+           'notes_on', 'compare', 'in_words', 'intervals', 'joined', 'dumbbell', 'read_models']
 
 # %% ../nbs/69_comparison.ipynb #69a00003
 import itertools
@@ -236,6 +236,19 @@ def brief(
         lines.append([model, *cells])
     return markdown(lines)
 
+# %% ../nbs/69_comparison.ipynb #d4e9c7b0
+def intervals(
+    ax,
+    rows: pd.DataFrame,  # with difference, low and high, in points
+):
+    "Differences with their intervals, from top to bottom."
+    ax.axvline(0, color="0.45", ls=":", lw=1)
+    for place, r in enumerate(rows.itertuples()):
+        colour = "0.65" if r.low <= 0 <= r.high else "0.1"
+        ax.plot([r.low, r.high], [place, place], color=colour, lw=1.5)
+        ax.plot(r.difference, place, marker="o", ms=5, color=colour)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+
 # %% ../nbs/69_comparison.ipynb #d4e9c7b1
 def joined(ax, rows: pd.DataFrame):
     "The accuracies of each pair, joined by a line."
@@ -263,12 +276,8 @@ def dumbbell(
         size = (9, 1.2 + 0.26 * len(rows))
         figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
         joined(left, rows)
-        for place, r in enumerate(rows.itertuples()):
-            colour = "0.65" if r.low <= 0 <= r.high else "0.1"
-            right.plot([r.low, r.high], [place, place], color=colour, lw=1.5)
-            right.plot(r.difference, place, marker="o", ms=5, color=colour)
-        right.axvline(0, color="0.45", ls=":", lw=1)
-        right.set(xlabel="A − B (points)", ylim=(len(rows) - 0.4, -0.6))
+        intervals(right, rows)
+        right.set(xlabel="A − B (points)")
         plt.close(figure)  # it is shown where it is wanted
     return figure
 

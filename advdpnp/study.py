@@ -25,7 +25,7 @@ from torch import nn
 
 from .attacks import CW, PGD
 from .autoattack import APGD
-from .comparison import compare, holm
+from .comparison import compare, holm, intervals
 from .core import cores, one_of, read_json, replacing, write_json
 from .data import Dataset, stratified_order
 from .evaluation import evaluate
@@ -294,13 +294,8 @@ def draw_differences(
     figure, axes = plt.subplots(1, len(metrics), figsize=(WIDTH, 0.9 + 0.27 * len(names)), sharey=True, squeeze=False,
                                 layout="constrained")
     for ax, metric in zip(axes[0], metrics):
-        part = rows[rows["metric"] == metric].set_index("variant").reindex(names)
-        ax.axvline(0, color="0.45", ls=":", lw=1)
-        for place, r in enumerate(part.itertuples()):
-            colour = "0.1" if r.low > 0 or r.high < 0 else "0.65"
-            ax.plot([r.low, r.high], [place, place], color=colour, lw=1.5)
-            ax.plot(r.difference, place, marker="o", ms=5, color=colour)
-        ax.set(title=metric, ylim=(len(names) - 0.4, -0.6))
+        intervals(ax, rows[rows["metric"] == metric].set_index("variant").reindex(names))
+        ax.set_title(metric)
     axes[0][0].set_yticks(range(len(names)), names, parse_math=False)
     figure.supxlabel("points", fontsize="medium")
     return figure
