@@ -290,7 +290,7 @@ def draw_differences(
     metrics: list[str],  # a panel each
 ):  # a figure of matplotlib
     "What each variant adds, under each metric."
-    names = list(dict.fromkeys(rows["variant"]))
+    names, metrics = rows["variant"].unique(), [one_of(m, rows["metric"].unique(), "metric") for m in metrics]
     figure, axes = plt.subplots(1, len(metrics), figsize=(WIDTH, 0.9 + 0.27 * len(names)), sharey=True, squeeze=False,
                                 layout="constrained")
     for ax, metric in zip(axes[0], metrics):
