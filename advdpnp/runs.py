@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'FRESH', 'MOST', 'MOST_AUTOATTACK', 'RECORDS',
            'RESULTS', 'budget_of', 'as_place', 'called', 'Config', 'kinds_of', 'float_of', 'as_kind', 'chosen_for',
-           'usual_settings', 'from_flat', 'make_config', 'config_hash', 'as_parameter', 'as_seeds', 'check_parameters',
-           'commit_of_package', 'processor', 'provenance', 'forget_peak', 'one_thread', 'network_of', 'check_run',
-           'run_of', 'load_checkpoint', 'queue', 'this_job', 'claims', 'owner', 'claim', 'at_work', 'is_running',
-           'Ledger', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by', 'attacked_epoch', 'attacked', 'some_images',
-           'chosen_images', 'under_corruptions', 'shape_of_features', 'broken_in_turn', 'tradeoff', 'check_same_images',
-           'identity', 'seconds_left', 'other_machines', 'training_left', 'measuring_left', 'status', 'cards',
-           'end_with', 'do_step', 'in_worker', 'Workers', 'share_work']
+           'usual_settings', 'from_flat', 'make_config', 'config_hash', 'as_parameter', 'as_seeds', 'check_jobs',
+           'check_parameters', 'commit_of_package', 'processor', 'provenance', 'forget_peak', 'one_thread',
+           'network_of', 'check_run', 'run_of', 'load_checkpoint', 'queue', 'this_job', 'claims', 'owner', 'claim',
+           'at_work', 'is_running', 'Ledger', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by', 'attacked_epoch',
+           'attacked', 'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features', 'broken_in_turn',
+           'tradeoff', 'check_same_images', 'identity', 'seconds_left', 'other_machines', 'training_left',
+           'measuring_left', 'status', 'cards', 'end_with', 'do_step', 'in_worker', 'Workers', 'share_work']
 
 # %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
@@ -285,9 +285,19 @@ def as_seeds(
 ) -> list[int]:
     "The seeds that a notebook or a command was given."
     try:
-        return [int(seed) for seed in (seeds if isinstance(seeds, (list, tuple)) else str(seeds).split(","))]
+        given = seeds if isinstance(seeds, (list, tuple)) else str(seeds).split(",")
+        return list(dict.fromkeys(int(seed) for seed in given))
     except ValueError:
         raise ValueError(f"seeds are {seeds!r}: expected whole numbers, such as 0 or 0,1,2") from None
+
+# %% ../nbs/70_runs.ipynb #4d23b810
+def check_jobs(
+    jobs: int,  # runs at a time
+) -> int:  # the same
+    "Raise a ValueError unless it is a number of runs at a time."
+    if as_kind("jobs", jobs, int) < 1:
+        raise ValueError(f"jobs is {jobs}: expected 'auto', or at least 1")
+    return jobs
 
 # %% ../nbs/70_runs.ipynb #96f52741
 def check_parameters(

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-__all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'FRESH', 'MOST', 'MOST_AUTOATTACK', 'RECORDS', 'RESULTS', 'budget_of', 'as_place', 'called', 'Config', 'kinds_of', 'float_of', 'as_kind', 'chosen_for', 'usual_settings', 'from_flat', 'make_config', 'config_hash', 'as_parameter', 'as_seeds', 'check_parameters', 'commit_of_package', 'processor', 'provenance', 'forget_peak', 'one_thread', 'network_of', 'check_run', 'run_of', 'load_checkpoint', 'queue', 'this_job', 'claims', 'owner', 'claim', 'at_work', 'is_running', 'Ledger', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by', 'attacked_epoch', 'attacked', 'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features', 'broken_in_turn', 'tradeoff', 'check_same_images', 'identity', 'seconds_left', 'other_machines', 'training_left', 'measuring_left', 'status', 'cards', 'end_with', 'do_step', 'in_worker', 'Workers', 'share_work']
+__all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'FRESH', 'MOST', 'MOST_AUTOATTACK', 'RECORDS', 'RESULTS', 'budget_of', 'as_place', 'called', 'Config', 'kinds_of', 'float_of', 'as_kind', 'chosen_for', 'usual_settings', 'from_flat', 'make_config', 'config_hash', 'as_parameter', 'as_seeds', 'check_jobs', 'check_parameters', 'commit_of_package', 'processor', 'provenance', 'forget_peak', 'one_thread', 'network_of', 'check_run', 'run_of', 'load_checkpoint', 'queue', 'this_job', 'claims', 'owner', 'claim', 'at_work', 'is_running', 'Ledger', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by', 'attacked_epoch', 'attacked', 'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features', 'broken_in_turn', 'tradeoff', 'check_same_images', 'identity', 'seconds_left', 'other_machines', 'training_left', 'measuring_left', 'status', 'cards', 'end_with', 'do_step', 'in_worker', 'Workers', 'share_work']
 PRESETS: dict
 BUDGETS: dict
 EPOCHS: dict
@@ -49,6 +49,7 @@ def make_config(method: str, preset: str='auto', seed: int=0, device='auto', **c
 def config_hash(config): ...
 def as_parameter(name: str, value): ...
 def as_seeds(seeds: str | int | list[int]) -> list[int]: ...
+def check_jobs(jobs: int) -> int: ...
 def check_parameters(given: dict, known: list[str]): ...
 FEW: str
 PLANS: dict

@@ -29,7 +29,8 @@ from .corruptions import GROUPS
 from .data import is_path
 from .evaluation import verdicts_in
 from .methods import METHODS
-from .runs import FEW, Ledger, as_kind, as_seeds, check_same_images, make_config, status
+from .runs import FEW, Ledger, as_kind, as_seeds, check_jobs, check_same_images, make_config
+from .runs import status
 
 # %% ../nbs/72_tables.ipynb #84c927c3
 TABLES = {1: "cifar10", 2: "cifar100", 3: "svhn", 4: "cifar10", 5: "cifar10", 6: "cifar10", 7: "cifar10"}  # their data
@@ -684,8 +685,8 @@ def make_table(
 ) -> Table:
     "Train and measure what is asked for and not there, and write the table; an error of a run is raised at the end."
     as_kind("time_limit", time_limit, float | None)
-    if jobs != "auto" and as_kind("jobs", jobs, int) < 1:
-        raise ValueError(f"jobs is {jobs}: expected 'auto', or at least 1")
+    if jobs != "auto":
+        check_jobs(jobs)
     here = "cpu" if cluster else device
     if cluster and preset == "auto":
         raise ValueError("preset is 'auto': on a cluster expected one by name, such as fast or paper")

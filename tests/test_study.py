@@ -88,21 +88,30 @@ def test_settings_of_a_variant_are_used_and_said(study):
     assert records[0]["last"]["metrics"] != records[1]["last"]["metrics"]
 
 
-def test_a_partial_result_is_taken_up_elsewhere(study, tmp_path):
+def test_a_result_with_runs_missing_is_taken_up_elsewhere(study, tmp_path):
     first = dataclasses.replace(study, seeds=[0])
     records = first.records(jobs=1)
     figure = draw_differences(differences(records, "first"), ["clean", "worst"])
     study.write(records, differences(records, "first"), figure)
-    results = tmp_path / "results"
-    names = lambda folder: sorted(p.name for p in folder.iterdir())
-    assert names(results) == [f"figure0.quick.partial.{end}" for end in ("csv", "json", "png")]
+    names = lambda folder: sorted(p.name for p in (folder / "results").iterdir())
+    assert names(tmp_path) == [f"figure0.quick.{end}" for end in ("csv", "json", "png")]
     elsewhere = dataclasses.replace(study, data_dir=tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
-    results.rename(tmp_path / "elsewhere/results")
+    (tmp_path / "results").rename(tmp_path / "elsewhere/results")
     whole = elsewhere.records(jobs=1)
-    assert whole[:2] == records and not (tmp_path / "elsewhere/runs/figure0/quick/first-s0").exists()
+    assert whole[:2] == records and not elsewhere.folder("first", 0).exists()
     elsewhere.write(whole, differences(whole, "first"), figure)
-    assert names(tmp_path / "elsewhere/results") == [f"figure0.quick.{end}" for end in ("csv", "json", "png")]
+    assert len(read_json(f"{elsewhere.stem}.json")) == 4
+
+
+def other(study, name="second, faster", **change):
+    "The study with something else in one of its variants."
+    changed = dataclasses.replace(study.variants[name], **change)
+    return dataclasses.replace(study, variants=study.variants | {name: changed})
+
+
+def without_bias(d, k):
+    return LinearHead(d, k, bias=False)
 
 
 def test_records_of_other_settings_are_not_taken(study):
@@ -110,12 +119,45 @@ def test_records_of_other_settings_are_not_taken(study):
     study.write(records, differences(records, "first"), draw_differences(differences(records, "first"), ["clean"]))
     assert [*study.kept()] == study.asked[:2]
     assert dataclasses.replace(study, config=study.config | dict(epochs=4)).kept() == {}
-    assert dataclasses.replace(study, attacks=[FGSM(0.2)]).kept() == {}
-    first, second = study.variants.values()
-    slower, other = dict(settings=dict(lr=0.4)), dict(method=TRADES(eps=0.2))
-    for changed in (dataclasses.replace(second, **change) for change in (slower, other)):
-        other = dataclasses.replace(study, variants={"first": first, "second, faster": changed})
-        assert [*other.kept()] == [("first", 0)]
+    assert dataclasses.replace(study, measured=("best", "last")).kept() == {}
+    for attacks in ([FGSM(0.2)], [PGD(0.2, steps=3, restarts=2)]):
+        assert dataclasses.replace(study, attacks=attacks).kept() == {}
+    for images in (held_out(load_dataset("digits"), 100, 200), held_out(load_dataset("digits"), 150, 200, after=300)):
+        assert dataclasses.replace(study, images=images).kept() == {}
+    head = with_head("cifar_resnet8", study.images, without_bias)
+    for change in (dict(settings=dict(lr=0.4)), dict(settings={}), dict(method=TRADES(eps=0.2)), dict(net=head),
+                   dict(settings=dict(lr=0.8, val_size=50))):
+        assert [*other(study, **change).kept()] == [("first", 0)]
+
+
+def test_a_run_that_was_measured_otherwise_is_measured_again(study):
+    before = study.run("first", 0)
+    again = dataclasses.replace(study, attacks=[PGD(0.2, steps=4)], measured=("best", "last"))
+    after = again.run("first", 0)
+    assert again.is_of(after) and not study.is_of(after) and not again.is_of(before)
+    assert after["history"] == before["history"]
+    assert dataclasses.replace(study, measured=()).run("first", 0) == after  # nothing to measure: nothing is written
+
+
+def test_a_run_that_fails_leaves_the_others(study, capsys):
+    failing = other(study, settings=dict(lr=1e9))
+    with pytest.raises(TimeoutError, match="nothing can be compared yet: 2 of 4 runs are done"):
+        failing.records(jobs=1)
+    assert {*failing.failed} == {("second, faster", 0), ("second, faster", 1)}
+    assert "second, faster s0 failed: the " in capsys.readouterr().out
+    assert all(failing.folder("first", seed).joinpath("result.json").exists() for seed in (0, 1))
+
+
+def test_a_run_that_is_not_begun_claims_no_folder(study):
+    with pytest.raises(TimeoutError, match="0 of 4 runs"):
+        study.records(jobs=1, minutes=1e-6)
+    assert not study.folder("first", 0).exists()
+
+
+@pytest.mark.parametrize("jobs", [0, -1, "two", 1.5])
+def test_jobs_that_cannot_be(study, jobs):
+    with pytest.raises(ValueError, match="jobs is .*expected"):
+        study.records(jobs=jobs)
 
 
 def test_fewer_seeds_lose_no_record(study):
@@ -205,6 +247,27 @@ def test_each_task_of_a_page_says_that_time_was_too_short(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in said] == ["classes", "groups", "tenth"]
     assert all("nothing can be compared yet: 0 of 16 runs are done" in line for line in said)
+
+
+@pytest.mark.parametrize("page, files", [
+    ("figure4", {"figure4": 9}),
+    ("figure5", {f"figure5-{task}{end}": n for task in ("classes", "groups", "tenth")
+                 for end, n in (("", 4), ("-search", 16))})])
+def test_pages_of_studies_write_what_they_find(page, files, tmp_path, monkeypatch):
+    kept = read_json(RESULTS / "figure3.quick.json")
+
+    def made_up(study, name, seed, deadline):
+        first, second = (kept[(len(name) + seed + more) % len(kept)] for more in (0, 1))
+        return first | dict(method=name, seed=seed, best=second["last"])
+
+    monkeypatch.setattr(Study, "run", made_up)
+    run_page(page, data_dir=str(tmp_path), preset="quick", jobs=1, device="cpu")
+    for name, variants in files.items():
+        records = read_json(tmp_path / f"results/{name}.quick.json")
+        assert len({r["method"] for r in records}) == variants
+        assert len(records) == variants * (1 if name.endswith("search") else 3)
+        assert {*pd.read_csv(tmp_path / f"results/{name}.quick.csv")["variant"]} <= {r["method"] for r in records}
+        assert (tmp_path / f"results/{name}.quick.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("figure3.*.json")), ids=lambda p: p.name)
