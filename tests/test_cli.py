@@ -19,7 +19,7 @@ from advdpnp.cli import app, import_model, parse_eps, parse_settings, parse_time
 from conftest import files
 
 MODELS = """
-import time, torch
+import pathlib, time, torch
 
 def linear():
     torch.manual_seed(0)
@@ -30,6 +30,9 @@ class Slow(torch.nn.Module):
         super().__init__()
         self.net = linear()
     def forward(self, x):
+        state = pathlib.Path(".out.json.unfinished")
+        while pathlib.Path("wait after fgsm").exists() and state.exists() and "fgsm" in state.read_text():
+            time.sleep(0.01)
         time.sleep(0.02)
         return self.net(x)
 
@@ -172,13 +175,15 @@ def test_interrupted_it_goes_on(here):
     "In processes of its own: a signal ends the first, the second goes on."
     words = ["evaluate", "their_models:slow", "--dataset", "digits", "--eps", "0.1", "--images", "40", "--batch-size",
              "10", "--attacks", "fgsm,pgd20", "--output", "out.json"]
+    wait, state = here / "wait after fgsm", here / ".out.json.unfinished"
+    wait.touch()
     process = subprocess.Popen([sys.executable, "-m", "advdpnp", *words], cwd=here, stderr=subprocess.PIPE, text=True)
-    state = here / ".out.json.unfinished"
     while not (state.exists() and "fgsm" in state.read_text()):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, said = process.communicate(timeout=60)
+    wait.unlink()
     assert process.returncode == 130 and "the same command goes on" in said and state.exists()
     done = run(*words)
     assert done.exit_code == 0 and (here / "out.json").exists() and not state.exists()

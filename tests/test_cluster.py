@@ -91,7 +91,7 @@ def test_two_commands_make_a_table_together_and_one_that_is_killed_finds_its_job
     killed.communicate()
     asked.send_signal(signal.SIGINT)
     said = asked.communicate()[1]
-    assert "the same command goes on from here" in said
+    assert "the same command goes on from here" in said or "4 done" in said  # on a busy machine it may be done by then
     again = command(folder)
     for process in (other, again):
         shown, said = process.communicate(timeout=120)

@@ -158,7 +158,7 @@ def test_asked_to_stop_the_workers_of_a_plan_save_too(tmp_path):
 
 
 SLOW = """
-import time, torch
+import pathlib, time, torch
 
 class Slow(torch.nn.Module):
     def __init__(self):
@@ -166,7 +166,9 @@ class Slow(torch.nn.Module):
         torch.manual_seed(0)
         self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     def forward(self, x):
-        time.sleep(0.005)
+        state = pathlib.Path(".out.json.unfinished")
+        while pathlib.Path("wait after fgsm").exists() and state.exists() and "fgsm" in state.read_text():
+            time.sleep(0.01)
         return self.net(x)
 
 def slow():
@@ -179,9 +181,11 @@ def test_asked_to_stop_an_evaluation_goes_on(tmp_path, number, code):
     (tmp_path / "their_models.py").write_text(SLOW)
     words = ("evaluate", "their_models:slow", "--dataset", "digits", "--eps", "0.1", "--images", "40", "--batch-size",
              "10", "--attacks", "fgsm,pgd20", "--output", "out.json")
+    (tmp_path / "wait after fgsm").touch()
     process, state = start(command, tmp_path, *words), tmp_path / ".out.json.unfinished"
     assert stopped(process, number, lambda: state.exists() and "fgsm" in state.read_text()) == code
     assert "the same command goes on from here: advdpnp evaluate" in (tmp_path / "said").read_text()
+    (tmp_path / "wait after fgsm").unlink()
     process = start(command, tmp_path, *words)
     process.join()
     assert process.exitcode == 0 and (tmp_path / "out.json").exists() and not state.exists()
