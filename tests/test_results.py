@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
+from advdpnp.comparison import holm
 from advdpnp.study import differences
 from advdpnp.tables import accuracies, corruption_rows, geometry_rows
 
@@ -122,39 +123,42 @@ def test_what_is_said_of_records_holds(page):
 def test_what_a_study_found_is_what_its_records_say(page):
     "Each step of figure 3, compared with the variant it was made from."
     *_, prose = page
-    records = json.loads(next(RESULTS.glob("figure3.small*.json")).read_text())
-
-    def step(new, old, metric):
-        rows = differences([r for r in records if r["method"] in (new, old)], old).set_index("metric")
-        return tuple(rows.loc[metric, ["difference", "low", "high"]])
-
-    better, worse, undecided = (lambda d: d[1] > 0), (lambda d: d[2] < 0), (lambda d: d[1] <= 0 <= d[2])
-    own, one, fixed = ("… a direction and a learned norm for each class", "… rows of one learned norm",
-                       "… of the fixed norm α")
-    lost = [step(one, own, metric) for metric in ("clean", "worst")]
-    assert all(map(worse, lost)) and len({f"{-points:.1f}" for points, *_ in lost}) == 1
-    assert f"A common norm, which is learned, takes {-lost[0][0]:.1f} points from both." in prose
-    assert all(undecided(step(*pair, metric)) for metric in ("clean", "worst")
-               for pair in ((own, "… no bias"), (fixed, one)))
-    linear = step("clean branch moves the head", "dual-branch linear", "clean")
-    ours = step("Adv-DPNP, both branches move it", "Adv-DPNP", "clean")
-    assert worse(linear) and better(ours)
-    assert f"{-linear[0]:.1f} points with the linear layer, and {ours[0]:.1f} points with Adv-DPNP" in prose
-    assert undecided(step("clean branch moves the head", "dual-branch linear", "worst"))
-    assert undecided(step("Adv-DPNP, both branches move it", "Adv-DPNP", "worst"))
-    gained, paid = (step("… repulsion", fixed, metric) for metric in ("clean", "worst"))
-    assert better(gained) and worse(paid)
-    assert f"clean accuracy is {gained[0]:.1f} points higher, the worst case {-paid[0]:.1f} points lower" in prose
-    assert all(undecided(step(name, "… repulsion", metric)) for metric in ("clean", "worst")
-               for name in ("… alignment of features only", "… alignment of both", "Adv-DPNP"))
-    assert all(undecided(step("Adv-DPNP, a learned norm for each class", "Adv-DPNP", metric))
-               for metric in ("clean", "worst"))
+    records = json.loads((RESULTS / "figure3.small.json").read_text())
+    order = list(dict.fromkeys(r["method"] for r in records))
+    made_from = dict(zip(order[1:], order)) | dict.fromkeys(["… alignment of both", "Adv-DPNP"], "… repulsion")
+    made_from |= {"… of the fixed norm α": "… rows of one learned norm", order[-1]: "Adv-DPNP"}
+    steps = pd.concat([differences([r for r in records if r["method"] in pair], pair[1])
+                       for pair in made_from.items()])
+    steps = steps[steps["metric"].isin(["clean", "worst"])].set_index(["variant", "metric"])
+    assert len(steps) == 24 and "24 differences in all" in prose
+    adjusted = {metric: holm(part["p"]) for metric, part in steps.groupby("metric")}
+    clear = [name for metric in adjusted for p, (name, _) in zip(adjusted[metric], steps.xs(
+        metric, level=1, drop_level=False).index) if p < 0.05]
+    assert clear == ["clean branch moves the head"] and "One of them is clear after the adjustment" in prose
+    points = {run: f"{abs(row['difference']):.1f}" for run, row in steps.iterrows()}
+    moved, one, repulsion = "clean branch moves the head", "… rows of one learned norm", "… repulsion"
+    assert f"costs clean accuracy: {points[moved, 'clean']} points with the linear layer" in prose.replace("**", "")
+    for name, said in ((one, "{} points less clean accuracy and {} less in the worst case"),
+                       (repulsion, "{} points more clean accuracy and {} less in the worst case"),
+                       ("Adv-DPNP, both branches move it", "{} points more clean accuracy")):
+        assert said.format(points[name, "clean"], points[name, "worst"]) in prose
+    undecided = steps[(steps["low"] <= 0) & (steps["high"] >= 0)].index
+    assert {(name, metric) for name in ("… alignment of features only", "… alignment of both", order[-1])
+            for metric in ("clean", "worst")} | {(moved, "worst")} <= {*undecided}
+    linear = differences(records, "dual-branch linear").set_index(["variant", "metric"])
+    behind = [linear.loc["Adv-DPNP", metric] for metric in ("clean", "worst")]
+    assert all(row["high"] < 0 and row["adjusted"] < 0.05 for row in behind)
+    clean, worst = (f"{-row['difference']:.1f}" for row in behind)
+    assert f"by {clean} points in clean accuracy and by {worst} in the worst case" in prose
+    readme = (ROOT / "README.md").read_text()
+    assert f"by {clean} points clean and {worst} in the worst case" in readme
+    assert f"with a linear layer it costs {points[moved, 'clean']} points of clean accuracy" in readme
     assert ({r["seed"] for r in records} == {0}) == ("**With one seed: nothing that is seen" in prose)
 
 
 def test_what_is_said_of_trust_and_new_classes_is_in_the_records(page):
     *_, prose = page
-    rows = pd.read_csv(next(RESULTS.glob("figure6.small*.csv"))).set_index(["variant", "metric"])
+    rows = pd.read_csv(RESULTS / "figure6.small.csv").set_index(["variant", "metric"])
     networks = {name.split(": ")[0] for name, metric in rows.index if metric == "fooled"}
     assert len(networks) == 3 and {*rows["seeds"]} == {1}
     for network in networks:
