@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from advdpnp.comparison import holm
+from advdpnp.comparison import by_seed, holm, paired
 from advdpnp.study import differences
 from advdpnp.tables import accuracies, corruption_rows, geometry_rows
 
@@ -154,6 +154,24 @@ def test_what_a_study_found_is_what_its_records_say(page):
     assert f"by {clean} points clean and {worst} in the worst case" in readme
     assert f"with a linear layer it costs {points[moved, 'clean']} points of clean accuracy" in readme
     assert ({r["seed"] for r in records} == {0}) == ("**With one seed: nothing that is seen" in prose)
+
+
+def test_what_is_said_of_overfitting_is_in_the_records(page):
+    *_, prose = page
+    records = json.loads((RESULTS / "figure4.small.json").read_text())
+    seen = {which: {r["method"]: by_seed([r], which)[r["seed"]]["worst"].values.astype(float) for r in records}
+            for which in ("best", "last")}
+    assert {r["seed"] for r in records} == {0} and len(records) == 9 and "with one seed: there is little" in prose
+    lost = {name: seen["best"][name] - seen["last"][name] for name in seen["best"]}
+    points = {name: 100 * values.mean() for name, values in lost.items()}
+    assert f"no method has lost more than {max(points.values()):.1f} points of its worst case" in prose
+    linear, none = "linear, consistency of Adv-DPNP", "Adv-DPNP, no alignment"
+    assert f"layer loses {points[linear]:.1f} points, and Adv-DPNP without alignment {points[none]:.1f}." in prose
+    aligned = ("Adv-DPNP", "Adv-DPNP, alignment × 10", "Adv-DPNP, × 10, features only")
+    pairs = [(none, linear), *((name, none) for name in aligned)]
+    found = [paired(lost[name][None] / 2, lost[to][None] / 2) for name, to in pairs]
+    assert all(pair["low"] <= 0 <= pair["high"] for pair in found)
+    assert f"loses {-2 * found[0]['difference']:.1f} points less" in (ROOT / "nbs/figure4.ipynb").read_text()
 
 
 def test_what_is_said_of_trust_and_new_classes_is_in_the_records(page):
