@@ -184,8 +184,9 @@ def test_what_is_said_of_trust_and_new_classes_is_in_the_records(page):
             scores = {name: r["value"] for (name, metric), r in rows.iterrows()
                       if name.startswith(f"{network}: ") and metric == task}
             assert max(scores, key=scores.get) == f"{network}: softmax"
-            assert scores[f"{network}: class mean"] < 52 and abs(
-                rows.loc[(f"{network}: softmax", task), "difference"]) < 1
+            assert scores[f"{network}: class mean"] < 52
+            ours = rows.loc[("Adv-DPNP: softmax", task)]
+            assert ours["low"] <= 0 <= ours["high"]
         for name, metric in rows.index:
             assert metric != "fooled" or 70 < rows.loc[(name, metric), "value"] < 80
     both = [rows.loc[(f"{name}: softmax", "foreign")] for name in ("Adv-DPNP", "Adv-DPNP, features only")]
@@ -196,4 +197,4 @@ def test_what_is_said_of_trust_and_new_classes_is_in_the_records(page):
     assert (f"{ece[0]:.1f}% for the linear layer, {ece[1]:.1f}% for Adv-DPNP and {ece[2]:.1f}% for the third" in prose)
     new = [(metric, r) for (name, metric), r in rows.iterrows() if ", mean" in metric and name != "dual-branch linear"]
     under = [r for metric, r in new if metric.endswith(", mean, PGD")]
-    assert not any(r["low"] > 0 for _, r in new) and len(under) == 12 and sum(r["high"] < 0 for r in under) == 9
+    assert not any(r["low"] > 0 for _, r in new) and len(under) == 12 and sum(r["high"] < 0 for r in under) == 8
