@@ -276,7 +276,13 @@ def test_kept_differences_are_those_of_the_records(path):
     today = differences(records, "dual-branch linear")
     pd.testing.assert_frame_equal(kept, today, check_exact=False, rtol=1e-6)
     for record in records:
-        assert record["commit"] and not record["commit"].endswith("-dirty") and record["processor"]
         assert all(len(v) == record["last"]["n"] for v in verdicts_in(record["last"]).values())
         assert len(record["history"]) == record["epochs"] and json.dumps(record)
         assert Path(record["config"]["dataset"]).name == record["config"]["dataset"]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("figure[3-6]*.json")), ids=lambda p: p.name)
+def test_records_of_studies_name_a_clean_commit_and_a_processor(path):
+    for record in read_json(path):
+        assert record["commit"] and not record["commit"].endswith("-dirty") and record["processor"]
+    assert len({(r["method"], r["seed"]) for r in read_json(path)}) == len(read_json(path))
