@@ -116,12 +116,13 @@ def command(folder, *words):
     app()
 
 
-def stopped(process, number, reached):
-    "Ask a process to stop when it has reached something; its exit code."
+def stopped(process, number, reached, then=lambda: None):
+    "Ask a process to stop when it has reached something, and do something then; its exit code."
     while not reached():
         assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, number)
+    then()
     process.join(60)
     return process.exitcode
 
@@ -181,11 +182,12 @@ def test_asked_to_stop_an_evaluation_goes_on(tmp_path, number, code):
     (tmp_path / "their_models.py").write_text(SLOW)
     words = ("evaluate", "their_models:slow", "--dataset", "digits", "--eps", "0.1", "--images", "40", "--batch-size",
              "10", "--attacks", "fgsm,pgd20", "--output", "out.json")
-    (tmp_path / "wait after fgsm").touch()
-    process, state = start(command, tmp_path, *words), tmp_path / ".out.json.unfinished"
-    assert stopped(process, number, lambda: state.exists() and "fgsm" in state.read_text()) == code
+    wait, state = tmp_path / "wait after fgsm", tmp_path / ".out.json.unfinished"
+    wait.touch()
+    process = start(command, tmp_path, *words)
+    reached = lambda: state.exists() and "fgsm" in state.read_text()
+    assert stopped(process, number, reached, wait.unlink) == code
     assert "the same command goes on from here: advdpnp evaluate" in (tmp_path / "said").read_text()
-    (tmp_path / "wait after fgsm").unlink()
     process = start(command, tmp_path, *words)
     process.join()
     assert process.exitcode == 0 and (tmp_path / "out.json").exists() and not state.exists()
