@@ -161,8 +161,8 @@ def net(self: Study, name: str, seed: int, which="last") -> torch.nn.Module:
 
 # %% ../nbs/75_study.ipynb #75000051
 def as_read(settings: dict) -> dict:
-    "Settings as they are read from a record, without the checksum of the file."
-    return {name: value for name, value in json.loads(json.dumps(settings)).items() if name != "checksum"}
+    "Settings as they are read from a record."
+    return json.loads(json.dumps(settings))
 
 
 @patch
@@ -181,7 +181,7 @@ def is_of(self: Study, record: dict) -> bool:
     today, made = self.trainer(record["method"], record["seed"], kept=False).config, record["trained_with"]
     usual = {field.name: field.default for field in dataclasses.fields(self.variants[record["method"]].method)}
     made = made | dict(method=usual | made["method"])  # in records of before a setting it had its usual value
-    return as_read(today).items() <= as_read(made).items() and all(
+    return as_read(today).items() <= made.items() and all(
         which in record and self.is_measured(record[which]) for which in self.measured)
 
 # %% ../nbs/75_study.ipynb #75000054
@@ -213,10 +213,10 @@ def run(
     deadline: float | None = None,  # a `time.monotonic()`
 ) -> dict | None:  # its record; None if time is up
     "Train and measure a variant, or go on with it."
-    path, left = self.folder(name, seed) / "result.json", seconds_left(deadline)
+    path = self.folder(name, seed) / "result.json"
     if path.exists() and self.is_of(record := read_json(path)):
         return record
-    if left is not None and left <= 0:
+    if seconds_left(deadline) == 0:
         return None
     trainer = self.trainer(name, seed)
     if not trainer.fit(seconds_left(deadline)):
