@@ -66,7 +66,7 @@ def usual_seconds(
     config: dict,
     part: int,  # of `seconds_of`: 0 for training, 1 for measuring
 ) -> float | None:
-    "How long a run will be trained or measured, going by its like; None if there is none."
+    "How long a run will be trained or measured, going by similar ones; None if there is none."
     keys = (*_ALIKE, *(_MEASURED_ALIKE if part else _TRAINED_ALIKE))
     like = [r for r in records if all(r["config"][key] == config[key] for key in keys)]
     like = [r for r in like if r["config"]["method"] == config["method"]] or like

@@ -7,8 +7,8 @@ __all__ = ['WIDTH', 'STYLES', 'OTHERS', 'PICTURES', 'CLASSES', 'KNOBS', 'CLEAN',
            'styles', 'columns_of', 'panel_each', 'name_panels', 'add_key', 'picture', 'show', 'draw_history',
            'draw_training', 'budget_axis', 'draw_budget', 'draw_steps', 'attacked_images', 'show_pixels', 'says',
            'draw_images', 'draw_corruptions', 'draw_angles', 'draw_state', 'draw_features', 'draw_distances',
-           'setting_label', 'write_apart', 'mark_runs', 'along', 'draw_front', 'draw_rows', 'draw_box', 'draw_arrow',
-           'draw_branch', 'draw_branches', 'draw_plane', 'draw_method']
+           'setting_label', 'write_apart', 'reach', 'mark_runs', 'along', 'draw_front', 'draw_rows', 'draw_box',
+           'draw_arrow', 'draw_branch', 'draw_branches', 'draw_plane', 'draw_method']
 
 # %% ../nbs/74_plots.ipynb #56a3bf59
 import matplotlib.pyplot as plt
@@ -455,18 +455,29 @@ def write_apart(
         taken.append(box)
 
 # %% ../nbs/74_plots.ipynb #538e35c7
+def reach(
+    seeds: list[dict],  # of one row, of kind "tradeoff"
+    which: str,  # "clean" or "worst"
+) -> tuple[float, float]:  # below and above its accuracy
+    "The 95% interval of one seed, or the standard deviation of several."
+    values = [r[which]["accuracy"] for r in seeds]
+    if len(seeds) > 1:
+        return (float(np.std(values, ddof=1)),) * 2
+    return tuple(abs(seeds[0][which][end] - values[0]) for end in ("low", "high"))
+
+
 def mark_runs(
     ax,
     records: list[dict],  # of kind "tradeoff", of one method
     points: np.ndarray,  # (P, 2): clean and worst-case accuracy of its rows
     look: dict,  # its colour and marker
 ):
-    "Draw each run of a method with its 95% intervals; the chosen one is large."
-    runs = [seeds[0] for seeds in grouped(records).values()]
-    reach = [np.abs([[r[which][end] - r[which]["accuracy"] for r in runs] for end in ("low", "high")])
-             for which in ("clean", "worst")]
-    ax.errorbar(*points.T, xerr=reach[0], yerr=reach[1], ls="", lw=0.7, alpha=0.45, zorder=4, color=look["color"])
-    size = [28 if r["config"].get("changes") else 90 for r in runs]
+    "Draw each row of a method with its intervals; the chosen one is large."
+    rows = grouped(records).values()
+    across, up = ([reach(seeds, which) for seeds in rows] for which in ("clean", "worst"))
+    ax.errorbar(*points.T, xerr=np.transpose(across), yerr=np.transpose(up), ls="", lw=0.7, alpha=0.45, zorder=4,
+                color=look["color"])
+    size = [28 if seeds[0]["config"].get("changes") else 90 for seeds in rows]
     ax.scatter(*points.T, s=size, lw=0.6, edgecolor="white", zorder=5, **look)
 
 # %% ../nbs/74_plots.ipynb #5d1f1004
@@ -480,8 +491,8 @@ def along(
 # %% ../nbs/74_plots.ipynb #9c45851f
 @picture("The fronts",
          "Further up and further right is better. First the fronts of all methods. Then the runs of each method "
-         "before the fronts of the others, with their 95% intervals and their settings: β, λ for the weight of the "
-         "consistency, w for that of the clean branch. The chosen one is large. Between two points of a front lie "
+         "before the fronts of the others, with their settings and their 95% intervals over images (with several seeds, "
+         "standard deviations): β, λ for the weight of the consistency, w for that of the clean branch. The chosen one is large. Between two points of a front lie "
          "networks that toss a coin; a point below the front of its method is a setting that such a coin beats.")
 def draw_front(records):
     "Worst-case against clean accuracy: all fronts, then the runs of each method before the others' fronts: a figure."
@@ -512,25 +523,27 @@ def draw_front(records):
 
 # %% ../nbs/74_plots.ipynb #4d80ff4e
 @picture("Beside the method itself",
-         "Accuracies with their 95% intervals over test images; the band is the interval of the first row. "
+         "Accuracies with their 95% intervals over test images; the band is the interval of Adv-DPNP. "
          "Intervals are of single rows: where two overlap widely, the picture does not tell them apart.")
 def draw_rows(
     records: list[dict],  # of kind "result", one seed
     metrics=("clean", "pgd20", "autoattack"),
 ):
-    "Some accuracies of every row, beside the first row's: a figure."
+    "Some accuracies of every row, beside those of Adv-DPNP: a figure."
+    metrics = [name for name in metrics if all(name in r["best"]["metrics"] for r in records)]
     size = (min(3 * len(metrics) + 1.5, WIDTH), 0.28 * len(records) + 1)
-    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained")
-    for ax, name in zip(axes, metrics):
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for ax, name in zip(axes[0], metrics):
         found = [r["best"]["metrics"][name] for r in records]
         accuracy, low, high = (np.array([m[key] for m in found]) for key in ("accuracy", "low", "high"))
-        ax.axvspan(low[0], high[0], color="0.93")
-        ax.axvline(accuracy[0], color="0.6", ls=":")
+        for ours in (m for m, r in zip(found, records) if r["method"] == "Adv-DPNP"):
+            ax.axvspan(ours["low"], ours["high"], color="0.93")
+            ax.axvline(ours["accuracy"], color="0.6", ls=":")
         ax.errorbar(accuracy, np.arange(len(found)), xerr=np.abs([accuracy - low, high - accuracy]),
                     fmt="o", ms=4, lw=1, color="0.2")
-        ax.set(xlabel=f"{LABELS[name]} (%)\non {found[0]['n']} test images")
-    axes[0].set(yticks=range(len(records)), yticklabels=[r["method"] for r in records])
-    axes[0].invert_yaxis()
+        ax.set(xlabel=f"{LABELS[name]} (%)\non {' or '.join(sorted({str(m['n']) for m in found}))} test images")
+    axes[0, 0].set(yticks=range(len(records)), yticklabels=[r["method"] for r in records])
+    axes[0, 0].invert_yaxis()
     sns.despine(figure)
     return figure
 

@@ -203,5 +203,5 @@ def kind_of(
     cls: Classifier,
     said: dict,  # a configuration
 ) -> tuple[type, str]:  # the class, and the name of the weights that have a row a class
-    "What network a configuration is of."
+    "Which network a configuration is of."
     return (PrototypeNet, "head.directions") if "norm" in said else (LinearNet, "head.weight")

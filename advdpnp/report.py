@@ -40,6 +40,7 @@ from .data import Dataset, Loader, stratified_order
 from .evaluation import as_dataset, images_of, verdicts_in
 from .geometry import onto_plane, own_and_rival
 from .plots import ADVERSARIAL, CLEAN, styles, theme
+from .runs import PRESETS
 from .sanity import grey_budget
 from .still import as_module, device_of, full_precision, held_still, logits_of, unwrapped
 from .tables import LABELS
@@ -339,7 +340,6 @@ class Section:
     panels: list[Panel] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     cards: list = field(default_factory=list)  # groups of images: title, and a list of `Card`s
-    terms: list = field(default_factory=list)  # pairs of a word and what it means
 
 # %% ../nbs/77_report.ipynb #2e940e8c
 def plain(
@@ -816,10 +816,10 @@ def matrix_panels(subjects: list[Subject], s: Subject) -> list[Panel]:
 # %% ../nbs/77_report.ipynb #7c902380
 def class_section(subjects: list[Subject], most: int = 40) -> Section | None:
     "Accuracy of each class, and what attacked images are taken for."
-    section, order = Section("Classes"), []
-    for s in (s for s in subjects if s.right and s.data):
+    section, shown = Section("Classes"), [s for s in subjects if s.right and s.data]
+    order = [*dict.fromkeys(row["name"] for s in shown for row in by_class(s))]  # that of the first model, for all
+    for s in shown:
         rows = by_class(s)
-        order = order or [row["name"] for row in rows]  # that of the first model, for all
         rows.sort(key=lambda row: order.index(row["name"]))
         ends = rows if len(rows) <= most else rows[: most // 2] + rows[-(most // 2):]
         if len(rows) > most:
@@ -872,8 +872,8 @@ def confidence_section(subjects: list[Subject]) -> Section | None:
 # %% ../nbs/77_report.ipynb #35a0a944
 def prototype_section(subjects: list[Subject]) -> Section | None:
     "Where features are, clean and attacked."
-    section = Section("Prototypes", ["Each class has a prototype: the point where the features of its images gather, "
-                                     "and its weights in the classifier."])
+    section = Section("Prototypes", ["Each class has a prototype: its weights in the classifier, and the point that "
+                                     "the features of its images are drawn to."])
     for s in (s for s in subjects if s.look and s.look.features):
         if len(s.look.prototypes) > 10:
             section.said.append("Of the classes, the first ten are drawn in the plane.")
@@ -974,7 +974,8 @@ def command_of(record: dict) -> str:  # see `one_record`
     if record.get("command"):
         return record["command"]
     if config and {"method", "preset", "seed"} <= config.keys():
-        changed = [f"--set={key}={config.get(key)}" for key in config.get("changes", []) if key != "dataset"]
+        other = ["arch"] * (config.get("arch") != PRESETS.get(config["preset"], {}).get("arch"))
+        changed = [f"--set={key}={config.get(key)}" for key in [*other, *config.get("changes", [])]]
         return shlex.join(["advdpnp", "train", str(config["method"]), "--preset", str(config["preset"]), "--seed",
                            str(config["seed"]), "--dataset", str(config.get("dataset", record["dataset"])), *changed])
     attacks = ",".join(name for name, m in record["metrics"].items() if "attack" in m)

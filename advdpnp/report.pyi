@@ -66,7 +66,6 @@ class Section:
     panels: list[Panel] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     cards: list = field(default_factory=list)
-    terms: list = field(default_factory=list)
 def plain(words, most: int=60) -> str: ...
 SHARPEST: int
 def data_uri(content: bytes, kind: str) -> str: ...

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+from scipy.stats import t as student
 
 from .cluster import run_on
 from .comparison import compare
@@ -232,13 +233,16 @@ def setting(records: list[dict], *more: str) -> str:  # more: what else belongs 
     first, images = records[0], sorted({r["n"] for r in records if "n" in r})
     of = [first["dataset"], first["arch"], f"preset {first['preset']}"]
     of += [f"{' or '.join(map(str, images))} test images"] * bool(images)
-    tf32 = lambda r: r["config"]["precision"] == "float32" and r.get("trained_with", r).get("tf32")
-    made = [f"trained in {r['config']['precision']}{' (convolutions in TF32)' if tf32(r) else ''}; {r['device']}"
-            for r in records]
-    return as_text(f"{', '.join([*of, *more])}; {', or '.join(dict.fromkeys(made))}.")
+    made = {}  # a set with an order
+    for r in records:
+        training, precision = r.get("trained_with", r), r["config"]["precision"]
+        tf32 = " (convolutions in TF32)" if precision == "float32" and training.get("tf32") else ""
+        there = f", measured on {r['device']}" if training["device"] != r["device"] else ""
+        made[f"trained in {precision}{tf32}; {training['device']}{there}"] = None
+    return as_text(f"{', '.join([*of, *more])}; {', or '.join(made)}.")
 
 # %% ../nbs/72_tables.ipynb #fc87e95b
-def paired_text(records: list[dict], which: str = "best") -> str:  # which: or "last"; empty without Adv-DPNP, or alone
+def paired_text(records: list[dict], which: str = "best") -> str:  # or "last"; empty without Adv-DPNP, or alone
     "How far Adv-DPNP is ahead of each other row on the same images, in Markdown."
     runs = grouped(records)
     if "Adv-DPNP" not in runs or len(runs) < 2:
@@ -248,8 +252,9 @@ def paired_text(records: list[dict], which: str = "best") -> str:  # which: or "
     except ValueError as error:
         return f"Rows cannot be compared image by image: {error}."
     seeds = "test images and seeds" if found.rows["seeds"].max() > 1 else "test images"
-    return (f"Adv-DPNP minus each other row on the same images, in points, with a 95% interval over {seeds}; "
+    text = (f"Adv-DPNP minus each other row on the same images, in points, with a 95% interval over {seeds}; "
             f"bold where it excludes zero:\n\n{found.brief(LABELS | dict(corruptions='all'))}")
+    return "\n\n".join([text, *(f"- {note}" for note in found.notes)])
 
 # %% ../nbs/72_tables.ipynb #590a4cd2
 def published(
@@ -398,36 +403,43 @@ def front_gap(
     splits: int = 10,  # of the images into halves
 ) -> dict:  # points, low, high: in per cent, with a 95% interval; over: the least and largest clean accuracy
     "How far the front of a method is above another's, on average over the clean accuracies that both reach."
+    if a.shape[2:] != b.shape[2:]:
+        raise ValueError(f"seeds and images are {a.shape[2:]} and {b.shape[2:]}: expected the same")
     (seeds, images), random = a.shape[2:], np.random.default_rng(0)
     halves = [np.isin(np.arange(images), random.permutation(images)[: images // 2]) for _ in range(splits)]
-    drawn = lambda n: np.vstack([np.ones(n), random.multinomial(n, np.full(n, 1 / n), resamples)])
-    weights, of_seeds, gaps = drawn(images), drawn(seeds), []
+    drawn = lambda n, times: random.multinomial(n, np.full(n, 1 / n), times)
+    again, gaps = resamples if seeds > 1 else 0, []
+    weights = np.vstack([np.ones(images), drawn(images, resamples), np.ones((again, images))])
+    of_seeds = np.vstack([np.ones((1 + resamples, seeds)), drawn(seeds, again)])
     for half in halves + [~half for half in halves]:
         chosen, measured = ([accuracies_on(right, weights * part, of_seeds) for right in (a, b)]
                             for part in (half, ~half))
         fronts = [[on[hull(by)] for by, on in zip(*pair)] for pair in zip(chosen, measured)]
         gaps.append([height_gap(*pair) for pair in zip(*fronts)])
     (points, *over), *resampled = np.mean(gaps, axis=0).tolist()
-    low, high = np.percentile([gap for gap, *_ in resampled], [2.5, 97.5]).tolist()
-    return dict(points=points, low=low, high=high, over=tuple(over))
+    resampled = np.array(resampled)[:, 0]
+    low, high = np.percentile(resampled[:resamples], [2.5, 97.5])
+    reach = student.ppf(0.975, seeds - 1) * resampled[resamples:].std() * (seeds / (seeds - 1)) ** 0.5 if again else 0
+    return dict(points=points, low=float(points - np.hypot(points - low, reach)),
+                high=float(points + np.hypot(high - points, reach)), over=tuple(over))
 
 # %% ../nbs/72_tables.ipynb #486243cd
 def verdicts_of(
     records: list[dict],  # of kind "tradeoff"
     under: str = "worst",  # or "autoattack"
 ) -> np.ndarray:  # (2, P, S, N): P rows, S seeds, N images; clean, then under attack
-    "Which images the rows of a method get right, for the seeds that all rows have."
+    "Which images the rows of a method get right; all rows must be of the same seeds."
     rows = [{r["seed"]: verdicts_in(r) for r in runs} for runs in grouped(records).values()]
-    shared = sorted(set.intersection(*({*row} for row in rows)))
     images = min(len(verdicts[under]) for row in rows for verdicts in row.values())
-    return np.array([[[row[seed][which][:images].numpy() for seed in shared] for row in rows]
+    return np.array([[[row[seed][which][:images].numpy() for seed in sorted(row)] for row in rows]
                      for which in ("clean", under)])
 
 # %% ../nbs/72_tables.ipynb #51f7df19
 def fronts_apart(records: list[dict]) -> str:  # empty without Adv-DPNP, or with nothing else
     "How far the front of Adv-DPNP is above that of each other method, in Markdown."
     check_same_images(records)
-    methods = grouped(records, lambda r: r["config"]["method"])
+    seeds = set.intersection(*({r["seed"] for r in runs} for runs in grouped(records).values()))
+    methods = grouped([r for r in records if r["seed"] in seeds], lambda r: r["config"]["method"])
     ours = methods.pop("Adv-DPNP", None)
     if ours is None or not methods:
         return ""
@@ -437,10 +449,9 @@ def fronts_apart(records: list[dict]) -> str:  # empty without Adv-DPNP, or with
         found = [front_gap(verdicts_of(ours, a), verdicts_of(theirs, a)) for a in attacks]
         above = [f"{gap['points']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" for gap in found]
         lines.append([method, str(len(grouped(theirs))), *above, "{:.1f} to {:.1f}".format(*found[0]["over"])])
-    several = len({r["seed"] for r in records}) > 1
-    seeds = "test images and seeds" if several else "test images: another seed may lie outside"
+    over = "test images and seeds" if len(seeds) > 1 else "test images: another seed may lie outside"
     return (f"How far Adv-DPNP's front is above that of each method where clean accuracies are equal, for its "
-            f"{len(grouped(ours))} networks; intervals are over {seeds}.\n\n{markdown(lines)}")
+            f"{len(grouped(ours))} networks; intervals are over {over}.\n\n{markdown(lines)}")
 
 # %% ../nbs/72_tables.ipynb #f2385ea5
 TRADEOFF = dict(clean="clean", worst="worst of PGD-20, C&W, prototype PGD", autoattack="AutoAttack, on fewer images")
@@ -479,20 +490,24 @@ READING = {
   benchmark's number: the plain mean over fifteen corruptions and five severities.
 - All corruptions are of the same test images. Images that the preset makes smaller are corrupted before, at the
   size that the recipe is for.
-- Behind a number is its 95% interval over test images, or with several seeds their standard deviation (±).""",
+- Behind the number for all is its 95% interval over test images. With several seeds, behind every number is their
+  standard deviation (±).""",
     "geometry": """\
 - Each row is a method of table 1, at its best epoch. Features are those of at most 2,000 test images.
 - *Fisher ratio* and *silhouette*: more is more compact. *Davies-Bouldin*, *own/other* and *spread*: less is more
   compact.
+- *Nearest mean* and *logits* are accuracies, as means over classes. Attacked features are those of PGD's last step.
 - A linear layer has no anchors. So distances are to class means for every method, and angles are those of
   prototypes or of weight vectors. *Nearest mean* leaves each image out of the mean of its own class.
 - Distances to prototypes tell whether these are anchors: then features are close to their own, and far from the
   next one.""",
     "tradeoff": """\
-- Each row is one network: a method with the settings that were chosen for it, or with one number changed.
+- Each row is a method with the settings that were chosen for it, or with one number changed.
 - At most 2,000 test images are attacked by PGD-20, by C&W and, where there are prototypes, by the attack on these.
-  *Worst*: an image must survive all of them. AutoAttack takes ten times as long, so it sees 500 of them at most.
-- Intervals are over test images, not over seeds. How fronts are compared is told in [72_tables](72_tables.ipynb).""",
+  *Worst*: an image must survive all of them, so rows with prototypes face one attack more. AutoAttack takes ten times
+  as long, so it sees 500 of them at most.
+- Intervals are over test images. With several seeds, numbers are means and standard deviations (±). How fronts are
+  compared is told in [72_tables](72_tables.ipynb).""",
 }
 
 # %% ../nbs/72_tables.ipynb #83efd199
@@ -507,10 +522,10 @@ def mixed_images(
 # %% ../nbs/72_tables.ipynb #fb10682b
 def result_text(records: list[dict], data_dir=None) -> str:  # data_dir: with published numbers; None: without them
     "Accuracies of the best and the last epoch in Markdown, with what failed, and published numbers below."
-    config = records[0]["config"]
+    config, apart = records[0]["config"], {which: paired_text(records, which) for which in ("best", "last")}
     parts = ["Best epoch, chosen on held-out training images:", readable(records), failed_checks(records),
-             paired_text(records), "Last epoch:", readable(records, "last"), failed_checks(records, "last"),
-             setting(records, f"eps {config['eps']:.4g}"), mixed_images(records)]
+             apart["best"], "Last epoch:", readable(records, "last"), failed_checks(records, "last"),
+             apart["last"] * (apart["last"] != apart["best"]), setting(records, f"eps {config['eps']:.4g}"), mixed_images(records)]
     others = published(config["dataset"], data_dir) if data_dir else ""
     if others:
         size = f"{config['side']} pixels, " if config.get("side") else ""
@@ -586,7 +601,8 @@ def page(self: Table):
 def keep(self: Table, name: str, figure):  # name: such as "budget"
     "Save a figure beside the table."
     self.files.append(Path(f"{self.stem}.{name}.png"))
-    figure.savefig(self.files[-1], dpi=120)
+    with replacing(self.files[-1]) as part:
+        figure.savefig(part, dpi=120)
 
 # %% ../nbs/72_tables.ipynb #47b255e4
 @dataclass
@@ -613,23 +629,25 @@ def plan_table(number, preset="auto", dataset="", methods="", seeds="auto", devi
     return Plan(number, KINDS.get(number, "result"), ".".join(name), asked, usual, shown)
 
 # %% ../nbs/72_tables.ipynb #48b0ce1c
-def collect(plan: Plan, ledger: Ledger) -> dict[tuple[str, int], dict]:  # a row's name and a seed, and the record
+def collect(
+    plan: Plan,
+    ledger: Ledger,
+) -> tuple[dict[tuple[str, int], dict], list[ValueError]]:  # records by row and seed; what is wrong with those asked for
     "The finished records of a table."
-    done, folders = {}, set()
+    done, folders, wrong = {}, set(), []
     for cell, config in plan.shown.items():
         folder = ledger.folder(config)
         if folder in folders and cell not in plan.asked | plan.usual:
             continue  # a second name of a row that is there
         try:
             record = ledger.result(config, plan.kind)
-        except ValueError:  # of other settings than today's
-            if cell in plan.asked:
-                raise
+        except ValueError as error:  # of other settings than today's, or damaged
+            wrong += [error] if cell in plan.asked else []
             continue
         if record:
             done[cell] = record | {"method": cell[0]}
             folders.add(folder)
-    return done
+    return done, wrong
 
 # %% ../nbs/72_tables.ipynb #c943afc8
 def same_seeds(done: dict, asked: set[int]) -> dict:  # from `collect`; asked: seeds that are shown in any case
@@ -699,12 +717,12 @@ def make_table(
             ledger.run_all([*plan.asked.values()], jobs, time_limit, plan.kind)
     except Exception as error:  # of some of the runs: the others go into the table first
         failure = error
-    done = collect(plan, ledger)
+    done, wrong = collect(plan, ledger)
     if number in ROWS:
         done = same_seeds(done, {seed for _, seed in plan.asked})
     table = write_table(plan, ledger, done)
-    if failure:
-        raise failure
+    if failure or wrong:
+        raise failure or wrong[0]
     return table
 
 # %% ../nbs/72_tables.ipynb #e5af4b77

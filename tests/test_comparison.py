@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from advdpnp.cli import app
 from advdpnp.comparison import compare, dumbbell, holm, mcnemar, paired, read_models
 from advdpnp.core import read_json, write_json
+from advdpnp.evaluation import packed, verdicts_in
 
 TABLE = Path(__file__).parent.parent / "data/results/table1.quick.json"
 
@@ -137,6 +138,29 @@ def test_what_cannot_be_compared_is_refused(runs):
             compare(dict(ours=ours, theirs=other))
     with pytest.raises(ValueError, match="did you mean 'theirs'"):
         compare(dict(ours=ours, theirs=theirs), to="their")
+
+
+def test_a_pair_that_cannot_be_compared_leaves_the_others(runs):
+    "One seed more or less, fewer images, and a record without verdicts."
+    alone, others = runs["Adv-DPNP"][0], {name: runs[name] for name in ("TRADES", "MART")}
+    three = {name: [records[0] | dict(seed=seed) for seed in range(3)] for name, records in others.items()}
+    found = compare({"Adv-DPNP": [alone]} | three)
+    assert {*found.rows.loc[(found.rows["a"] == "TRADES"), "seeds"]} == {3}
+    assert "Adv-DPNP and MART share 1 of 3 seeds." in found.notes
+    fewer = copy.deepcopy(others["TRADES"][0])
+    seen = {name: verdicts[:32] for name, verdicts in verdicts_in(fewer["best"]).items()}
+    counts = {len(verdicts) for verdicts in verdicts_in(fewer["best"]).values()}
+    fewer["best"]["verdicts"] = " ".join(map(packed, seen.values()))
+    for name, verdicts in seen.items():
+        fewer["best"]["metrics"][name] |= dict(n=32, correct=int(verdicts.sum()))
+    found = compare(dict(ours=alone, fewer=fewer, mart=others["MART"][0]), to="ours")
+    assert {*found.rows.loc[found.rows["b"] == "fewer", "images"]} == {32}
+    assert {*found.rows.loc[found.rows["b"] == "mart", "images"]} == counts
+    assert f"Under clean, ours and fewer share 32 of {max(counts)} images." in found.notes
+    old = copy.deepcopy(others["TRADES"][0])
+    del old["best"]["verdicts"]
+    found = compare(dict(ours=alone, old=old, mart=others["MART"][0]), to="ours")
+    assert {*found.rows["b"]} == {"mart"} and any("old: the record" in note for note in found.notes)
 
 
 def test_files_that_are_no_records_are_refused(tmp_path):

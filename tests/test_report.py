@@ -96,6 +96,13 @@ def test_classes_are_counted_as_the_verdicts_say(page, measured, digits):
     assert [float(robust) for *_, robust in rows] == sorted(float(robust) for *_, robust in rows)
 
 
+def test_a_class_that_the_first_model_did_not_see_is_shown_of_the_second(measured, digits):
+    few = evaluate(linear(), digits, [advdpnp.FGSM(0.2)], images=120, limits=dict(fgsm=5), check_images=5, quiet=True)
+    text = report(dict(few=few, all=measured[1]), None, digits).html
+    tables = [part.partition("</table>")[0] for part in re.split(r"[Aa]ccuracy of each class</caption>", text)[1:]]
+    assert [table.count('<th scope="row">') for table in tables] == [5, 10]
+
+
 def test_what_is_said_to_break_an_image_breaks_it_and_stays_in_its_budget(measured, digits):
     net, record = measured
     seen = look(net, digits, record)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from scipy.stats import ttest_rel
 
 from advdpnp.comparison import by_seed, holm, paired
 from advdpnp.study import differences
@@ -53,16 +52,16 @@ def test_findings_are_those_of_the_records(page):
     better, worse, undecided = (lambda d: d[1] > 0), (lambda d: d[2] < 0), (lambda d: d[1] <= 0 <= d[2])
     first = accuracies(records("table1.small"))
     mart, trades = (apart(first, "clean", method) for method in ("MART", "TRADES"))
-    assert better(mart) and undecided(trades) and abs(trades[0]) < 0.1
-    assert f"**Than MART's, by {mart[0]:.1f} points; than TRADES', no.**" in prose
+    assert better(mart) and undecided(trades)
+    assert f"**Than MART's, by {mart[0]:.1f} points.**" in prose
     assert all(undecided(apart(first, "clean", method)) for method in ("PGD-AT", "dual-branch linear"))
     last = accuracies(records("table1.small"), "last")
     assert better(apart(last, "clean", "PGD-AT")) and worse(apart(last, "clean", "dual-branch linear"))
     linear, trades = ([apart(last, name, method) for name in ("clean", "cw", "pgd20")]
                       for method in ("dual-branch linear", "TRADES"))
-    assert worse(linear[0]) and better(linear[1]) and undecided(trades[0]) and undecided(trades[1]) and worse(trades[2])
+    assert worse(linear[0]) and better(linear[1]) and all(map(undecided, trades))
     assert (f"is {-linear[0][0]:.1f} points better on clean images and {linear[1][0]:.1f} points worse under C&W. "
-            f"TRADES is level with it in both, and {-trades[2][0]:.1f} points better under PGD-20.") in prose
+            "From TRADES no difference is seen.") in prose
     spread = {which: accuracies(records("table1.small"), which).groupby("method")[["clean", "cw"]].std()
               for which in ("best", "last")}
     means = {which: accuracies(records("table1.small"), which).groupby("method")[["clean", "cw"]].mean()
@@ -70,13 +69,15 @@ def test_findings_are_those_of_the_records(page):
     adversarial = ["PGD-AT", "TRADES", "MART", "dual-branch linear", "Adv-DPNP"]
     assert (spread["last"] < spread["best"]).loc[adversarial].all().all()  # seeds differ less at the last epoch
     assert (means["last"] > means["best"] - 0.15).loc[adversarial].all().all()  # and nothing is lost
+    runs = [r for r in records("table1.small") if r["method"] in adversarial]
+    early = [{which: r[which]["metrics"]["clean"]["accuracy"] for which in ("best", "last")} for r in runs
+             if r["best"]["epoch"] < r["last"]["epoch"]]
+    lost = max(r["last"] - r["best"] for r in early)
+    assert f"In {len(early)} of {len(runs)} runs" in prose and f"is up to {lost:.1f} points lower" in prose
     attacked = apart(first, "autoattack", "TRADES")
-    pair = ([r["best"]["metrics"]["autoattack"]["accuracy"] for r in records("table1.small") if r["method"] == method]
-            for method in ("Adv-DPNP", "TRADES"))
-    assert undecided((0, *ttest_rel(*pair).confidence_interval()))  # networks of the same seed
-    assert better(apart(first, "pgd20", "dual-branch linear"))
-    assert undecided(apart(first, "autoattack", "dual-branch linear"))
-    assert worse(attacked) and f"is {-attacked[0]:.1f} points better under AutoAttack.**" in prose
+    assert undecided(attacked) and f"Under AutoAttack TRADES is {-attacked[0]:.1f} points ahead" in prose
+    assert better(apart(first, "pgd20", "dual-branch linear")) and worse(apart(first, "pgd20", "MART"))
+    assert all(undecided(apart(first, "autoattack", method)) for method in adversarial[:-1])
 
     corrupted = corruption_rows(records("table4.small"))
     ahead = apart(corrupted, "mean", "standard")
@@ -85,11 +86,10 @@ def test_findings_are_those_of_the_records(page):
     assert all(undecided(apart(corrupted, "mean", method)) for method in ("TRADES", "dual-branch linear"))
 
     features = geometry_rows(records("table5.small"))
-    assert better(apart(features, "clean_fisher", "dual-branch linear"))
-    assert undecided(apart(features, "clean_fisher", "PGD-AT"))
-    assert worse(apart(features, "clean_silhouette", "dual-branch linear"))
-    trained = ("PGD-AT", "TRADES", "MART", "dual-branch linear")
-    assert not any(better(apart(features, "means_smallest", method)) for method in trained)
+    ahead = {name: [method for method in adversarial[:-1] if better(apart(features, name, method))]
+             for name in ("clean_fisher", "clean_silhouette", "means_smallest")}
+    assert [*ahead.values()] == [["TRADES", "MART", "dual-branch linear"], ["MART"], ["MART"]]
+    assert not any(worse(apart(features, "clean_silhouette", method)) for method in adversarial[:-1])
 
     rows = {r["method"]: r["best"]["metrics"] for r in records("table6.small")}
     change = lambda row, metric: over_images(rows[row][metric], rows["Adv-DPNP"][metric])

@@ -501,7 +501,7 @@ def test_a_complete_table_takes_the_place_of_its_part(tmp_path, few, monkeypatch
 
 def test_a_chosen_setting_is_one_row_of_the_trade_off():
     plan = plan_table(7, "quick", methods="TRADES beta=1", device="cpu")
-    done = same_seeds(collect(plan, Ledger(DATA, "cpu", use_results=True)), {0})
+    done = same_seeds(collect(plan, Ledger(DATA, "cpu", use_results=True))[0], {0})
     assert len(done) == len(records_of("table7.quick.json"))
 
 
@@ -511,7 +511,7 @@ def test_an_ablation_is_compared_seed_by_seed(machine):
 
     def seeds(number, asked):
         plan = plan_table(number, "small", methods="Adv-DPNP", seeds=asked, device="cpu")
-        found = collect(plan, ledger)
+        found, _ = collect(plan, ledger)
         return {seed for _, seed in (found if number == 1 else same_seeds(found, {seed for _, seed in plan.asked}))}
 
     assert seeds(1, "auto") == {0, 1, 2} and seeds(6, "auto") == {0} and seeds(6, "0, 1") == {0, 1}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pages import ROOT, run_page
 
-from advdpnp import tables
+from advdpnp import plots, tables
 from advdpnp.core import read_json
 from advdpnp.evaluation import accuracy, packed, verdicts_in
 
@@ -184,7 +184,7 @@ def test_numbers_that_a_reader_adds_are_shown(tmp_path):
 
 def test_the_precision_of_training_is_said_of_all_records():
     record = read_json(RESULTS / "table1.quick.json")[0]
-    other = record | dict(device="a GPU", trained_with=record["trained_with"] | dict(tf32=True))
+    other = record | dict(device="a GPU", trained_with=record["trained_with"] | dict(tf32=True, device="a GPU"))
     assert tables.setting([record, other]).endswith(
         "; trained in float32; CPU, 1 thread, or trained in float32 (convolutions in TF32); a GPU.")
 
@@ -209,3 +209,55 @@ def test_several_seeds_count_with_their_mean_and_not_their_best():
 
 def test_equal_accuracies_make_the_front_of_the_better_one():
     assert tables.hull(np.array([[50, 20], [50, 25], [30, 25.0]])).tolist() == [1]
+
+
+def test_the_interval_of_three_seeds_holds_the_truth():
+    "Two equal methods whose seeds differ: the interval over images and seeds excludes zero in about one of twenty."
+    random, missed = np.random.default_rng(2), 0
+    for _ in range(60):
+        accuracies = [np.array([50, 25])[:, None] + 5 * random.standard_normal((1, 3)) for _ in "ab"]
+        a, b = (random.random((2, 1, 3, 200)) < each[:, None, :, None] / 100 for each in accuracies)
+        found = tables.front_gap(a, b, resamples=60, splits=2)
+        missed += not found["low"] <= 0 <= found["high"]
+    assert missed <= 8
+
+
+def test_a_seed_that_some_rows_lack_is_not_in_the_fronts():
+    "A run that stops in its second seed has that seed of some rows; what it says of the first does not change."
+    sweep = read_json(RESULTS / "table7.quick.json")
+    begun = [r | dict(seed=1) for r in sweep if r["config"]["method"] in ("PGD-AT", "TRADES")]
+    assert tables.fronts_apart(sweep + begun) == tables.fronts_apart(sweep)
+    apart = [r | dict(seed=1) for r in sweep if r["config"]["method"] == "Adv-DPNP"]
+    rest = [r for r in sweep if r["config"]["method"] != "Adv-DPNP"]
+    assert tables.fronts_apart(rest + apart) == ""
+
+
+def test_a_damaged_record_leaves_a_table_of_the_others(tmp_path, monkeypatch):
+    done = {r["method"]: r for r in read_json(RESULTS / "table1.quick.json")}
+
+    def result(self, config, kind="result"):
+        if config["method"] == "TRADES":
+            raise ValueError("result.json is damaged")
+        return done[config["method"]] if config["method"] == "MART" else None
+
+    monkeypatch.setattr(tables.Ledger, "result", result)
+    with pytest.raises(ValueError, match="result.json is damaged"):
+        tables.make_table(1, "quick", methods="MART, TRADES", time_limit=0, device="cpu", data_dir=tmp_path, quiet=True)
+    assert {r["method"] for r in read_json(tmp_path / "results/table1.quick.partial.json")} == {"MART"}
+
+
+def test_rows_are_drawn_beside_adv_dpnp_wherever_it_stands():
+    records = read_json(RESULTS / "table6.quick.json")
+    bands = lambda figure: [patch.get_width() for ax in figure.axes for patch in ax.patches]
+    assert bands(plots.draw_rows(records[1:3])) == []
+    assert bands(plots.draw_rows(records)) == pytest.approx(bands(plots.draw_rows(records[::-1])))
+    short = [r | dict(best=r["best"] | dict(metrics={k: m for k, m in r["best"]["metrics"].items() if k != "autoattack"}))
+             for r in records[:1]]
+    assert len(plots.draw_rows(short + records[1:]).axes) == 2
+
+
+def test_bars_of_several_seeds_are_their_standard_deviation():
+    row = next(r for r in read_json(RESULTS / "table7.quick.json") if r["method"] == "TRADES")
+    other = row | dict(seed=1, clean=row["clean"] | dict(accuracy=row["clean"]["accuracy"] - 2))
+    assert plots.reach([row, other], "clean") == pytest.approx((2**0.5, 2**0.5))
+    assert plots.reach([row], "clean")[0] == pytest.approx(row["clean"]["accuracy"] - row["clean"]["low"])
