@@ -491,9 +491,10 @@ def along(
 # %% ../nbs/74_plots.ipynb #9c45851f
 @picture("The fronts",
          "Further up and further right is better. First the fronts of all methods. Then the runs of each method "
-         "before the fronts of the others, with their settings and their 95% intervals over images (with several seeds, "
-         "standard deviations): β, λ for the weight of the consistency, w for that of the clean branch. The chosen one is large. Between two points of a front lie "
-         "networks that toss a coin; a point below the front of its method is a setting that such a coin beats.")
+         "before the fronts of the others, with their 95% intervals over images, or the standard deviations of several "
+         "seeds. Their settings are β, λ for the weight of the consistency, and w for that of the clean branch. The "
+         "chosen one is large. Between two points of a front lie networks that toss a coin; a point below the front of "
+         "its method is a setting that such a coin beats.")
 def draw_front(records):
     "Worst-case against clean accuracy: all fronts, then the runs of each method before the others' fronts: a figure."
     methods = grouped(records, lambda r: r["config"]["method"])

@@ -525,7 +525,8 @@ def result_text(records: list[dict], data_dir=None) -> str:  # data_dir: with pu
     config, apart = records[0]["config"], {which: paired_text(records, which) for which in ("best", "last")}
     parts = ["Best epoch, chosen on held-out training images:", readable(records), failed_checks(records),
              apart["best"], "Last epoch:", readable(records, "last"), failed_checks(records, "last"),
-             apart["last"] * (apart["last"] != apart["best"]), setting(records, f"eps {config['eps']:.4g}"), mixed_images(records)]
+             apart["last"] * (apart["last"] != apart["best"]), setting(records, f"eps {config['eps']:.4g}"),
+             mixed_images(records)]
     others = published(config["dataset"], data_dir) if data_dir else ""
     if others:
         size = f"{config['side']} pixels, " if config.get("side") else ""
@@ -632,7 +633,7 @@ def plan_table(number, preset="auto", dataset="", methods="", seeds="auto", devi
 def collect(
     plan: Plan,
     ledger: Ledger,
-) -> tuple[dict[tuple[str, int], dict], list[ValueError]]:  # records by row and seed; what is wrong with those asked for
+) -> tuple[dict[tuple[str, int], dict], list[ValueError]]:  # records by row and seed; errors of those asked for
     "The finished records of a table."
     done, folders, wrong = {}, set(), []
     for cell, config in plan.shown.items():
