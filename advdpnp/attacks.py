@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROUNDING', 'norm_name', 'settle', 'ThreatModel', 'per_image', 'gradient_of', 'Ascent', 'on_logits', 'ascend',
-           'cross_entropy', 'margin', 'Draws', 'check_images', 'check_labels', 'check_device', 'Attack', 'PGD',
-           'misclassified', 'goes_on_with', 'Found', 'climb_until_broken', 'FGSM', 'CW', 'prototype_distances',
-           'PrototypePGD', 'as_given', 'all_logits', 'correct', 'Foreign', 'as_attack', 'check_returned',
-           'changes_input', 'check_inside', 'broken_by', 'attack_bar', 'counted', 'robust_to']
+           'cross_entropy', 'margin', 'Draws', 'check_images', 'check_labels', 'check_device', 'narrowed', 'Attack',
+           'PGD', 'misclassified', 'goes_on_with', 'Found', 'climb_until_broken', 'FGSM', 'CW', 'prototype_distances',
+           'with_prototypes', 'PrototypePGD', 'as_given', 'all_logits', 'correct', 'Foreign', 'as_attack',
+           'check_returned', 'changes_input', 'check_inside', 'broken_by', 'seed_in', 'attack_bar', 'counted',
+           'robust_to']
 
 # %% ../nbs/30_attacks.ipynb #35588097
 import copy
@@ -299,6 +300,17 @@ def check_device(
         where = ", ".join(map(str, places))
         raise ValueError(f"images are on {x.device}, the model is on {where}: expected both on one device")
 
+# %% ../nbs/30_attacks.ipynb #30a00002
+def narrowed(
+    found: torch.Tensor,  # (B, C, H, W) float32 in [0, 1]: adversarial images
+    x: torch.Tensor,  # (B, C, H, W) float16 or bfloat16 in [0, 1]
+) -> torch.Tensor:  # (B, C, H, W) like `x`, nowhere further from it
+    "Adversarial images in the number type of the images, rounded towards these."
+    near = found.to(x.dtype).abs()  # zero has no sign then
+    away = (near.float() - x.float()).abs() > (found - x.float()).abs()
+    back = torch.where(near > x, -1, 1).to(torch.int16)  # the next number of the type is the next pattern of bits
+    return torch.where(away, (near.view(torch.int16) + back).view(x.dtype), near)
+
 # %% ../nbs/30_attacks.ipynb #3d0377e3
 class Attack:
     "What attacks share: `attack(model, x, y)` checks its input and works on a copy of the model."
@@ -324,7 +336,7 @@ class Attack:
     ) -> torch.Tensor:  # (B, C, H, W), within eps of x and in [0, 1]
         "Adversarial images for `x`; the model is left as it was found."
         check_images(x, y)
-        x, y, model = x.detach().clamp(0, 1), y.to(x.device, torch.int64), as_module(model)
+        x, y, model = x.detach().clamp(0, 1), y.to(x.device, torch.int64).clone(), as_module(model)
         if not len(x):
             return x
         if hasattr(self, "threat"):
@@ -333,7 +345,10 @@ class Attack:
         with own_randomness(x.device, self.seed), held_still(model, x) as still:
             with torch.no_grad():
                 check_labels(y, logits_of(still, x[:1]).shape[1])
-            return self.perturb(still, x, y, Draws(self.seed, range(len(x)), x.device))
+            if x.dtype not in (torch.float16, torch.bfloat16):
+                return self.perturb(still, x, y, Draws(self.seed, range(len(x)), x.device))
+            still.takes = still.takes or x.dtype  # eps is small beside what these types can tell apart
+            return narrowed(self.perturb(still, x.float(), y, Draws(self.seed, range(len(x)), x.device)), x)
 
 # %% ../nbs/30_attacks.ipynb #69aabc11
 @dataclass(frozen=True)
@@ -535,6 +550,16 @@ def prototype_distances(
     return net.head(features), own, distances.scatter(1, y[:, None], math.inf).amin(1)
 
 # %% ../nbs/30_attacks.ipynb #823befe8
+def with_prototypes(
+    still: nn.Module,  # a `Still`
+) -> nn.Module:  # the same
+    "A ValueError if the network has no prototypes, or is wrapped so that they cannot be reached."
+    if not (hasattr(still, "features") and hasattr(getattr(still, "head", None), "prototypes")):
+        name = type(getattr(still, "model", still)).__name__
+        raise ValueError(f"{name} has no prototypes to attack: expected a PrototypeNet")
+    return still
+
+
 def _closer_to_another(net, x_adv, y):
     logits, own, other = prototype_distances(net, x_adv, y)
     return logits, own - other
@@ -554,10 +579,13 @@ class PrototypePGD(PGD):
 
     def __call__(self, model, x, y):
         "As `PGD`; a ValueError if the model has no prototypes."
-        model = unwrapped(model)
-        if not hasattr(getattr(model, "head", None), "prototypes"):
-            raise ValueError(f"{type(model).__name__} has no prototypes to attack: expected a PrototypeNet")
-        return super().__call__(model, x, y)
+        return super().__call__(unwrapped(model), x, y)
+
+    def perturb(self, still, x, y, draws):
+        return super().perturb(with_prototypes(still), x, y, draws)
+
+    def search(self, still, x, y, draws):
+        return super().search(with_prototypes(still), x, y, draws)
 
 # %% ../nbs/30_attacks.ipynb #73bd51bf
 def as_given(model):
@@ -688,7 +716,8 @@ def broken_by(
     "Which images an attack breaks."
     seed = seed_of(draws.seed, int(draws.index[0]), 5)
     with own_randomness(x.device, seed), fast_search(x.device):
-        x_adv = attack.search(still, x, y, draws) if hasattr(attack, "search") else attack(still, x.clone(), y.clone())
+        x_adv = attack.search(still, x, y, draws) if hasattr(attack, "search") else attack(
+            still, x.clone(memory_format=torch.contiguous_format), y.clone())
     check_inside(x_adv, x, attack, judge)
     moved = (x_adv != x).flatten(1).any(1)
     broken = torch.zeros_like(moved)
@@ -698,6 +727,15 @@ def broken_by(
     return broken.cpu()
 
 # %% ../nbs/30_attacks.ipynb #e630e0c4
+def seed_in(
+    attack,  # of this page, or anyone's
+    seed: int,  # of an evaluation
+) -> int:
+    "The seed of an attack's random numbers in an evaluation: that of both, if the attack has one."
+    own = attack.seed if isinstance(attack, Attack) else 0
+    return seed_of(seed, own) if own else seed
+
+
 def attack_bar(attack, loader, candidates, done, quiet, title):
     "A progress bar that counts forward passes of images."
     passes = getattr(attack, "passes", 1)
@@ -733,6 +771,7 @@ def robust_to(
 ) -> torch.Tensor:  # (N,) bool: those that are still classified correctly
     "Which images survive an attack."
     attack = as_attack(attack)
+    seed = seed_in(attack, seed)
     batches = [index for index in candidates.nonzero()[:, 0].split(loader.batch_size) if len(index)]
     done, verdicts = begin[0], (candidates if begin[1] is None else begin[1]).clone()
     if done >= len(batches):

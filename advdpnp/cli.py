@@ -323,6 +323,7 @@ def check_request(
     autoattack_images: int | None,
     attacks: list,
     report: Path | None = None,
+    images: int | None = None,
 ):
     "A ValueError for files that are there already, and for options that need AutoAttack."
     files = {name: file for name, file in dict(output=output, robustbench=robustbench, report=report).items() if file}
@@ -335,8 +336,9 @@ def check_request(
     has_autoattack = "autoattack" in [attack.name for attack in attacks]
     if autoattack_images and not has_autoattack:
         raise ValueError("--autoattack-images needs the attack autoattack")
-    if robustbench and (autoattack_images or not has_autoattack):
-        raise ValueError("--robustbench needs the attack autoattack, on the images of the clean accuracy")
+    if robustbench and (images or autoattack_images or not has_autoattack):
+        raise ValueError("--robustbench needs the attack autoattack on the whole test set: leave --images and "
+                         "--autoattack-images out")
 
 # %% ../nbs/78_cli.ipynb #dd8ba9f8
 def measure_model(
@@ -549,7 +551,7 @@ def evaluate_command(
         say_data(data)
         output = output or record_path(model, config, f"{data.name}-{norm}-{budget:.4g}")
         if not (there and output.with_name(f".{output.name}.shards").exists()):  # its jobs may have written it
-            check_request(output, robustbench, autoattack_images, chosen, report)
+            check_request(output, robustbench, autoattack_images, chosen, report, images)
         options = dict(images=images, batch_size=batch_size, seed=seed, quiet=quiet,
                        limits={"autoattack": autoattack_images} if autoattack_images else None)
         record = record_of(there, shards, output, found, words, twin, options)

@@ -35,7 +35,7 @@ from scipy import ndimage
 
 from .attacks import correct
 from .core import claim_folder, close_bar, cores, one_of, progress_bar, replacing, seed_of
-from .data import Dataset, Loader, averaged
+from .data import OFFICIAL, Dataset, Loader, at_most, averaged
 from .still import device_of
 
 # %% ../nbs/66_corruptions.ipynb #3db94af1
@@ -560,7 +560,7 @@ def corrupted_images(
     dataset: Dataset,
     data_dir="data",  # with CIFAR-10-C or CIFAR-100-C in it, or the folder for images made here
     names=STANDARD,
-    images: int | None = None,  # only the first so many test images; None: all
+    images: int | None = None,  # only so many test images: stratified, of official data the first; None: all
     seed: int = 0,  # of images made here
     jobs: int | str = 1,  # processes; "auto": all cores, for few images one; > 1 needs `if __name__ == "__main__":`
     quiet: bool = False,  # no progress bar
@@ -569,6 +569,8 @@ def corrupted_images(
     names = [one_of(name, CORRUPTIONS, "corruption") for name in names]
     if images is not None and images < 1:
         raise ValueError(f"images is {images}: expected at least 1, or None for all")
+    if images and dataset.name not in OFFICIAL:  # the order of the official ones is random
+        dataset = at_most(dataset, test=min(images, len(dataset.x_test)))
     x, of = dataset.x_test[:images], PUBLISHED.get(dataset.name)
     if of and (Path(data_dir) / of.folder).is_dir():
         files = published_files(Path(data_dir) / of.folder, of, dataset.y_test, names)
@@ -596,10 +598,13 @@ def recognised(
 
 # %% ../nbs/66_corruptions.ipynb #67beae69
 def mean_and_interval(
-    scores: torch.Tensor,  # (N,), one an image
+    scores: torch.Tensor,  # (N,) per cent, one an image
 ) -> dict:  # mean, low, high
     "The mean of scores and its 95% interval."
-    mean, half = scores.mean().item(), 1.96 * scores.std().item() / len(scores) ** 0.5
+    mean = scores.mean().item()
+    if len(scores) == 1:  # nothing is known of others
+        return dict(mean=mean, low=0.0, high=100.0)
+    half = 1.96 * scores.std().item() / len(scores) ** 0.5
     return dict(mean=mean, low=mean - half, high=mean + half)
 
 # %% ../nbs/66_corruptions.ipynb #ee2f1dcb

@@ -6,13 +6,16 @@
 __all__ = ['EXPECTED', 'SUBSET_SEED', 'wilson', 'standard_attacks', 'described', 'percent', 'accuracy', 'worst_case', 'packed',
            'unpacked', 'verdicts_in', 'logit_range', 'OtherEvaluation', 'Resume', 'check_scale', 'as_pixels',
            'batches_of', 'pair_of', 'as_dataset', 'ready', 'check_names', 'image_order', 'Plan', 'make_plan',
-           'images_of', 'clean_logits', 'survivors', 'attacked', 'metrics_of', 'trusted', 'checked', 'evaluate',
-           'attack_shard', 'merge_shards', 'accuracy_table', 'check_table', 'report', 'budget_text', 'robustbench_info']
+           'images_of', 'code_of_package', 'source_of', 'probed', 'clean_logits', 'survivors', 'attacked', 'metrics_of',
+           'trusted', 'checked', 'evaluate', 'attack_shard', 'merge_shards', 'accuracy_table', 'check_table', 'report',
+           'budget_text', 'robustbench_info']
 
 # %% ../nbs/60_evaluation.ipynb #f7b4265b
 import base64
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
 import time
 from dataclasses import dataclass
@@ -24,9 +27,10 @@ from fastcore.basics import patch
 from scipy.stats import binomtest
 from torch import nn
 
-from .attacks import CW, FGSM, PGD, Foreign, PrototypePGD, ThreatModel, all_logits, as_attack, check_labels
-from .attacks import margin, robust_to
-from .core import as_text, markdown, number, one_of, own_randomness, read_json, whole, write_json
+import advdpnp
+from .attacks import CW, FGSM, PGD, Ascent, Foreign, PrototypePGD, ThreatModel, all_logits, as_attack
+from .attacks import check_labels, cross_entropy, margin, on_logits, robust_to, seed_in
+from .core import as_text, differing, markdown, number, one_of, own_randomness, read_json, whole, write_json
 from .data import ROUNDING, Dataset, Loader, as_array, as_labels, channels_last, in_parts, lacking
 from .data import stratified_order
 from .still import as_module, device_of, full_precision, held_still, search_precision
@@ -430,22 +434,57 @@ def images_of(
         return np.arange(record["n"])
     return stratified_order(dataset.y_test, dataset.num_classes, record["subset"]["seed"])[: record["n"]]
 
+# %% ../nbs/60_evaluation.ipynb #60a00001
+@functools.cache
+def code_of_package() -> str:
+    "The SHA-256 of this package's code."
+    files = sorted(Path(advdpnp.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def source_of(
+    attack,  # somebody else's: a function, or an object
+) -> str:
+    "The SHA-256 of an attack's code; empty if it cannot be read."
+    try:
+        text = inspect.getsource(attack if inspect.isroutine(attack) else type(attack))
+    except (OSError, TypeError):  # typed into a shell, or compiled
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def probed(
+    still: nn.Module,  # a `Still`
+    plan: Plan,
+) -> list:
+    "What a model says of a few images with noise, and for how many of them it has no gradient."
+    n = min(8, plan.images, plan.batch_size)
+    x, y = plan.loader(n).take(torch.arange(n))
+    with own_randomness(x.device, 0):
+        noisy = ThreatModel(0.1).start(x, ThreatModel(0.1).ball(x.shape, torch.Generator(x.device).manual_seed(0)))
+        ascent = Ascent(still, on_logits(cross_entropy), x, y, noisy)
+        logits, _ = ascent.look()
+    flat = int((ascent.gradient.flatten(1).abs().amax(1) == 0).sum())
+    return [hashlib.sha256(logits.cpu().contiguous().numpy()).hexdigest(), flat]
+
 # %% ../nbs/60_evaluation.ipynb #eb8836c9
 @patch
 def settings(self: Plan) -> list[dict]:
     "What every attack is, as the record says it."
     about = lambda a: dict(name=a.name, images=self.limits[a.name], eps=a.eps, norm=getattr(a, "norm", "linf"))
-    return [about(attack) | described(attack) | dict(seed=self.seed) for attack in self.attacks]
+    return [about(attack) | described(attack) | dict(seed=seed_in(attack, self.seed)) for attack in self.attacks]
 
 
 @patch
 def key(
     self: Plan,
     logits: torch.Tensor,  # (N, K) of the model, on the CPU
+    probe: list = (),  # from `probed`
 ) -> dict:
     "What decides the verdicts, as JSON gives it back."
     said = hashlib.sha256(logits.contiguous().numpy()).hexdigest()
-    key = dict(logits=said, data=self.dataset.sha256, images=self.images, subset=self.subset(),
+    code = [source_of(attack.attack) for attack in self.attacks if isinstance(attack, Foreign)]
+    key = dict(logits=said, probe=list(probe), code=[code_of_package(), *code], data=self.dataset.sha256, images=self.images, subset=self.subset(),
                batch_size=self.batch_size, seed=self.seed, attacks=self.settings())
     return json.loads(json.dumps(key))
 
@@ -536,11 +575,13 @@ def checked(
     "The sanity checks, on images that every attack has seen."
     from advdpnp.sanity import sanity  # of a later page
 
-    rows, labels = plan.check_rows(), plan.dataset.y_test
-    seen = {name: v[rows] for name, v in verdicts.items()}
+    rows, labels, attack = plan.check_rows(), plan.dataset.y_test, trusted(plan.attacks)
+    alike = {a.name for a in plan.attacks if (a.eps, getattr(a, "norm", "linf")) == (attack.eps, attack.norm)}
+    seen = {name: v[rows] for name, v in verdicts.items() if name in alike | {"clean"}}
+    seen["worst"] = worst_case(seen)
     stages = next((stages for stages in after.values() if "square" in stages and len(stages) > 1), {})
     chance = 100 * int(np.bincount(labels).max()) / len(labels)
-    return sanity(model, plan.loader(rows), seen, trusted(plan.attacks), stages, twin, chance)
+    return sanity(model, plan.loader(rows), seen, attack, stages, twin, chance)
 
 # %% ../nbs/60_evaluation.ipynb #9c0249a1
 def evaluate(
@@ -567,7 +608,7 @@ def evaluate(
         logits = clean_logits(still, plan)
         if twin is not None and all_logits(twin, plan.loader(1)).shape[1] != logits.shape[1]:
             raise ValueError("the twin has another number of classes than the model")
-        kept = Resume(resume, plan.key(logits), deadline, began)
+        kept = Resume(resume, plan.key(logits, probed(still, plan)), deadline, began)
         after, verdicts = attacked(still, plan, logits.argmax(1) == labels, kept, quiet, title)
     record = dict(dataset=data.name, data_sha256=data.sha256, n=plan.images, subset=plan.subset(),
                   remarks=plan.remarks(), device=str(plan.device), copied=still.copied, batch_size=plan.batch_size,
@@ -601,7 +642,7 @@ def attack_shard(
     labels, mine = torch.from_numpy(data.y_test[plan.order]), torch.arange(plan.images) % shards == number
     with full_precision(), held_still(model, next(iter(plan.loader(8)))[0]) as still:
         logits = clean_logits(still, plan)
-        kept = Resume(file, plan.key(logits) | dict(shard=[number, shards]))
+        kept = Resume(file, plan.key(logits, probed(still, plan)) | dict(shard=[number, shards]))
         attacked(still, plan, (logits.argmax(1) == labels) & mine, kept, quiet, f"shard {number + 1}/{shards}")
         write_json(file, dict(key=kept.key, stages=kept.stages, seconds=kept.seconds, complete=True))
 
@@ -687,9 +728,12 @@ def robustbench_info(
     if "autoattack" not in record["metrics"]:
         raise ValueError(f"the record has {', '.join(record['metrics'])}: RobustBench needs autoattack")
     clean, robust = record["metrics"]["clean"]["accuracy"], record["metrics"]["autoattack"]
-    if robust["n"] != record["n"]:
-        raise ValueError(f"AutoAttack was run on {robust['n']} of {record['n']} images: RobustBench compares numbers "
-                         f"over the same ones")
+    of = (record.get("subset") or dict(of=record["n"]))["of"]
+    if robust["n"] != of:
+        raise ValueError(f"AutoAttack was run on {robust['n']} of {of} test images: RobustBench expects all of them")
+    standard = dict(steps=100, targets=9, queries=5000)
+    if differs := differing({name: robust["attack"].get(name) for name in standard}, standard):
+        raise ValueError(f"this is not the standard AutoAttack: {differs}")
     return dict(link=link, name=name, authors=authors, additional_data=additional_data,
                 number_forward_passes=number_forward_passes, dataset=record["dataset"], venue=venue,
                 architecture=architecture, eps=budget_text(robust["attack"]["eps"], robust["attack"]["norm"]),

@@ -16,7 +16,7 @@ from torch import nn
 from .attacks import PGD, Draws, as_given
 from .core import own_randomness
 from .data import Loader
-from .still import full_precision, held_still
+from .still import full_precision, held_still, unwrapped
 
 # %% ../nbs/68_geometry.ipynb #6a454d82
 def cosines(
@@ -207,6 +207,7 @@ def geometry(
     attack: PGD,
 ) -> dict:  # clean, attacked: see `discriminability`; prototypes, means: see `angles`; n; pictures: to draw
     "The geometry of a network's features."
+    net = unwrapped(net)
     states, labels = dict(clean=features_of(net, loader), attacked=features_of(net, loader, attack)), loader.y.cpu()
     anchors = getattr(net.head, "prototypes", None)
     weights = (net.head.weight if anchors is None else anchors).detach().double().cpu().numpy()

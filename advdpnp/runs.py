@@ -46,7 +46,7 @@ from .core import claim_folder, cores, has_fast_bf16, one_of, own_randomness, pi
 from .core import read_json, read_weights, sha256_of, share_screen, shown
 from .core import write_json
 from .corruptions import corrupted_images, corruption_accuracy
-from .data import OFFICIAL, Loader, at_most, averaged, is_path, load_dataset, place_name
+from .data import Loader, at_most, averaged, is_path, load_dataset, place_name
 from .evaluation import (SUBSET_SEED, OtherEvaluation, Resume, accuracy, evaluate, image_order, packed,
                                 standard_attacks, survivors)
 from .geometry import geometry
@@ -633,10 +633,8 @@ def fewer_held_out(
 @patch
 def corrupted(self: Ledger, config):
     "The corrupted test images of a run, made if they are not there."
-    data, images = load_dataset(config["dataset"], self.data_dir), config["corruption_images"]
-    if images and data.name not in OFFICIAL:  # the order of the published ones is random
-        data = at_most(data, test=images)
-    return corrupted_images(data, self.data_dir, images=images, jobs="auto", quiet=self.quiet)
+    data = load_dataset(config["dataset"], self.data_dir)
+    return corrupted_images(data, self.data_dir, images=config["corruption_images"], jobs="auto", quiet=self.quiet)
 
 # %% ../nbs/70_runs.ipynb #20ef9a38
 @patch

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['products_in', 'full_precision', 'search_precision', 'fast_search', 'globals_in', 'spoken_of', 'modules_of',
            'unregistered', 'Function', 'as_module', 'device_of', 'checked_logits', 'ModelFails', 'logits_of', 'close',
-           'foldable', 'Watch', 'folding_pairs', 'NotCopied', 'unwrapped', 'fixed_mode', 'to_evaluation', 'freeze',
-           'speaks_of_original', 'frozen_copy', 'named_tensors', 'shapes', 'fused', 'fold', 'shake', 'folded_copy',
-           'Still', 'in_place', 'held_still']
+           'foldable', 'Watch', 'folding_pairs', 'NotCopied', 'hooks_of', 'unwrapped', 'fixed_mode', 'to_evaluation',
+           'freeze', 'speaks_of_original', 'frozen_copy', 'named_tensors', 'shapes', 'fused', 'fold', 'shake',
+           'folded_copy', 'Still', 'in_place', 'held_still']
 
 # %% ../nbs/96_still.ipynb #ea56c49b
 import copy
@@ -125,21 +125,28 @@ def spoken_of(
         cells = [c.cell_contents for c in thing.__closure__ or () if not repr(c).endswith(": empty>")]
         defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
         names = () if str(thing.__module__).startswith("torch.") else globals_in(thing.__code__)
-        return cells + defaults + [thing.__globals__[name] for name in names if name in thing.__globals__]
+        spoken = cells + defaults + [thing.__globals__[name] for name in names if name in thing.__globals__]
+        files = [vars(one) for one in spoken if isinstance(one, types.ModuleType)]  # of Python: their attributes
+        return spoken + [file[name] for file in files for name in thing.__code__.co_names if name in file]
     return [*getattr(thing, "__dict__", {}).values()] + [type(thing).__call__] * callable(thing)
 
 
 def modules_of(
     thing,  # see `spoken_of`
-    depth: int = 4,  # how far to look
+    reach: int = 16,  # how far to look: a list or a dictionary takes one, anything else four
 ) -> list[nn.Module]:
     "The modules that a function, or an object that can be called, makes use of."
-    if isinstance(thing, nn.Module):
-        return [thing]
-    if depth == 0 or isinstance(thing, (type, types.ModuleType, str, torch.Tensor)):
-        return []
-    found = [module for inner in spoken_of(thing) for module in modules_of(inner, depth - 1)]
-    return [*{id(module): module for module in found}.values()]
+    found, seen, left = {}, {}, [(thing, reach)]
+    while left:
+        one, reach = left.pop()
+        if isinstance(one, nn.Module):
+            found[id(one)] = one
+        elif reach > 0 and not isinstance(one, (type, types.ModuleType, str, torch.Tensor)) and (
+                id(one) not in seen or seen[id(one)][0] < reach):
+            seen[id(one)] = reach, one  # it is kept, so that its id stays its own
+            cost = 1 if isinstance(one, (list, tuple, set, dict)) else 4
+            left += [(inner, reach - cost) for inner in reversed(spoken_of(one))]
+    return [*found.values()]
 
 # %% ../nbs/96_still.ipynb #6cbdabbd
 def unregistered(
@@ -301,13 +308,22 @@ class NotCopied(TypeError):
     "A model cannot be copied."
 
 # %% ../nbs/96_still.ipynb #78cc8d1e
+def hooks_of(
+    model: nn.Module,
+) -> list[int]:
+    "How many hooks of each kind a module has."
+    return [len(kept) for name, kept in vars(model).items() if name.endswith("_hooks") and isinstance(kept, dict)]
+
+
 def unwrapped(
     model: nn.Module,
 ) -> nn.Module:
-    "What `torch.compile`, `DataParallel` or `DistributedDataParallel` was given."
+    "What `torch.compile`, `DataParallel` or `DistributedDataParallel` was given; a wrapper with hooks stays."
     around = {nn.parallel.DistributedDataParallel: "module", nn.DataParallel: "module"}
-    inner = getattr(model, around.get(type(model), "_orig_mod"), model)
-    return model if inner is model else unwrapped(inner)
+    compiled = any(f"{kind.__module__}.{kind.__name__}" == "torch._dynamo.eval_frame.OptimizedModule"
+                   for kind in type(model).__mro__)
+    inside = "_orig_mod" if compiled else around.get(type(model))
+    return unwrapped(getattr(model, inside)) if inside and not any(hooks_of(model)) else model
 
 
 def fixed_mode(
@@ -363,7 +379,8 @@ def frozen_copy(
     except Exception as error:  # whatever a class does when it is copied
         raise NotCopied(f"{type(model).__name__} cannot be copied ({error})") from error
     own = {id(p) for p in model.parameters()}
-    if speaks_of_original(copied, memo) or any(id(p) in own for p in copied.parameters()):
+    lost = hooks_of(copied) != hooks_of(model)  # a compiled one is copied without them
+    if lost or speaks_of_original(copied, memo) or any(id(p) in own for p in copied.parameters()):
         raise NotCopied(f"{type(model).__name__} cannot be copied: its copy would use parts of the original")
     return freeze(copied)
 
@@ -606,5 +623,8 @@ def same_as_model(
     tolerance: float = 1e-3,  # relative to how far logits of an image are apart; for bfloat16 a few per cent
 ) -> bool:
     "Whether copy and model say the same about some images."
-    with full_precision(), own_randomness(x.device, 0), in_place(self.model):
-        return close(logits_of(self.copy, self._images(x)), logits_of(self.model, x.clone()), tolerance)
+    with full_precision(), in_place(self.model):
+        with own_randomness(x.device, 0):
+            copied = logits_of(self.copy, self._images(x))
+        with own_randomness(x.device, 0):  # the same numbers, if it draws any
+            return close(copied, logits_of(self.model, x.clone()), tolerance)

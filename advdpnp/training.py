@@ -35,7 +35,7 @@ from .core import read_weights, replacing, seed_globally, seed_of, seeded, sha25
 from .data import Dataset, Loader, Stream, hold_out, to_float
 from .parallel import as_the_first_says, mean_over_processes, my_rows, noise_of_my_rows, share
 from .parallel import share_batch_norms, wait_for_all
-from .still import NotCopied, Still, device_of, frozen_copy, in_place, named_tensors
+from .still import NotCopied, Still, device_of, frozen_copy, in_place, named_tensors, unwrapped
 
 # %% ../nbs/50_training.ipynb #c016
 def one_cycle(
@@ -443,7 +443,8 @@ class Trainer:
 def _check_net(self: Trainer):
     "Raise a ValueError for a network or a method that cannot be trained."
     net, kind = self.net, getattr(self.net, "__name__", type(self.net).__name__)
-    if not (isinstance(net, torch.nn.Module) and all(hasattr(net, name) for name in ("backbone", "head", "features"))):
+    ours = isinstance(net, torch.nn.Module) and all(hasattr(net, name) for name in ("backbone", "head", "features"))
+    if not ours or unwrapped(net) is not net:  # the weights of a compiled one have other names
         raise ValueError(f"the network is {kind}: expected LinearNet(backbone, num_classes) or PrototypeNet(backbone, "
                          f"num_classes), where the backbone returns features (B, d) and has an attribute num_features; "
                          f"for a ResNet of torchvision, net.fc = torch.nn.Identity() and net.num_features = 512")

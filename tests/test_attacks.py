@@ -7,6 +7,7 @@ from advdpnp.attacks import CW, FGSM, PGD, Draws, PrototypePGD, ThreatModel, che
 from advdpnp.attacks import prototype_distances, robust_to
 from advdpnp.autoattack import APGD, FABT, AutoAttack, Square
 from advdpnp.data import Loader
+from advdpnp.evaluation import evaluate
 from advdpnp.still import Still
 
 
@@ -157,7 +158,44 @@ def test_where_there_are_no_gradients_no_attack_pretends(net, batch, attack):
 def test_images_keep_their_precision(batch, attack, dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to(dtype)
-    assert attack(model, batch[0].to(dtype), batch[1]).dtype == dtype
+    x = batch[0].to(dtype)
+    x_adv = attack(model, x, batch[1])
+    assert x_adv.dtype == dtype and x_adv.min() >= 0 and x_adv.max() <= 1
+    if dtype in (torch.float16, torch.bfloat16):  # eps is a few steps of these types, and holds exactly
+        assert ThreatModel(attack.eps, attack.norm).length(x_adv.double() - x.double()).max() <= attack.eps * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("eps", [2 / 255, 8 / 255])
+def test_half_precision_stays_inside_and_still_breaks(dtype, eps):
+    torch.manual_seed(0)
+    model, x, y = Linear(torch.Size((3, 8, 8))).to(dtype), torch.rand(40, 3, 8, 8).to(dtype), torch.randint(2, (40,))
+    for attack in (PGD(eps), FGSM(eps), Square(eps, queries=20)):
+        assert (attack(model, x, y).double() - x.double()).abs().max() <= eps * (1 + 1e-6)
+    wide = PGD(eps)(model.float(), x.float(), y)
+    share = (PGD(eps)(model.to(dtype), x, y).float() - x.float()).abs().mean() / (wide - x.float()).abs().mean()
+    assert share > 0.7  # rounding towards the image takes little away
+
+
+def test_labels_may_come_from_inference_mode(net, batch):
+    with torch.inference_mode():
+        y = net.eval()(batch[0]).argmax(1)
+    for attack in (PGD(0.1, steps=1), CW(0.1, steps=1), FGSM(0.1)):
+        attack(net, batch[0], y)
+
+
+def test_an_attack_has_a_seed_of_its_own_in_an_evaluation(defended, digits):
+    found = [evaluate(defended, digits, [PGD(0.2, steps=1, seed=seed)], quiet=True) for seed in (0, 0, 1)]
+    assert found[0]["verdicts"] == found[1]["verdicts"] != found[2]["verdicts"]
+    again = evaluate(defended, digits, [PGD(0.2, steps=1)], quiet=True,
+                     seed=found[2]["metrics"]["pgd1"]["attack"]["seed"])
+    assert again["verdicts"].split()[1] == found[2]["verdicts"].split()[1]
+
+
+def test_prototypes_are_asked_for_in_an_evaluation_too(digits):
+    with pytest.raises(ValueError, match="has no prototypes to attack: expected a PrototypeNet"):
+        evaluate(Linear(torch.Size((1, 8, 8))), (digits.x_test[:4].astype("float32") / 255, digits.y_test[:4] % 2),
+                 [PrototypePGD(0.1)], quiet=True)
 
 
 def test_l2_where_every_image_has_fallen_and_where_there_is_none():
@@ -234,6 +272,8 @@ def test_restarts_only_help(net, digits):
     right = correct(net, loader)
     once, often = (robust_to(net, loader, PGD(0.03, steps=2, restarts=n), right, quiet=True) for n in (1, 8))
     assert not (often & ~once).any()
+    starts = [start for start, _ in PGD(0.03, restarts=3).starts(torch.rand(2, 1, 8, 8), Draws(0, range(2)))]
+    assert not any(torch.equal(starts[i], starts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_squared_distances_are_twice_the_margin(net, batch):

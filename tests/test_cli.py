@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import advdpnp.cli
 import advdpnp.runs
 from advdpnp.cli import app, import_model, parse_eps, parse_settings, parse_time, plain_errors, run_step
+from advdpnp.data import load_dataset
 
 from conftest import files
 
@@ -85,7 +86,10 @@ def run(*words):
 
 
 def test_a_function_s_model_with_a_table_and_a_json(here):
-    done = run("evaluate", "their_models:linear", "--dataset", "digits", "--eps", "4/255", "--images", 40,
+    digits = load_dataset("digits")
+    np.savez(here / "few.npz", **{f"{axis}_{part}": getattr(digits, f"{axis}_{part}")[:40] for axis in "xy"
+                                  for part in ("train", "test")})
+    done = run("evaluate", "their_models:linear", "--dataset", "few.npz", "--eps", "4/255",
                "--robustbench", "info.json", "--output", "record.json")
     assert done.exit_code == 0, done.output
     for word in ("autoattack", "… after square", "sanity checks failed", "batch-independent", "record.json"):
@@ -96,7 +100,7 @@ def test_a_function_s_model_with_a_table_and_a_json(here):
     assert record["metrics"]["autoattack"]["attack"]["eps"] == pytest.approx(4 / 255)
     assert record["versions"]["torch"] and record["device"].startswith("CPU")
     assert info["eps"] == "4/255" and info["autoattack_acc"] == f"{record['metrics']['autoattack']['accuracy']:.2f}"
-    assert files(here) == ["info.json", "record.json", "their_models.py"]  # nothing half-written
+    assert files(here) == ["few.npz", "info.json", "record.json", "their_models.py"]  # nothing half-written
 
 
 def test_images_from_an_npz_and_from_a_folder(here, digits):

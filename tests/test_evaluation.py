@@ -1,6 +1,8 @@
 "Evaluations and their records, of linear models that are fitted in one step."
 import json
+import linecache
 import math
+import runpy
 import signal
 import subprocess
 import sys
@@ -410,8 +412,36 @@ def test_a_state_file_of_another_evaluation_is_refused(model, digits, tmp_path):
             evaluate(model, digits, **first | changed)
     with torch.no_grad():
         model[1].bias[0] += 1
-    with pytest.raises(OtherEvaluation, match=r"another evaluation \(logits differ\): move it away"):
+    with pytest.raises(OtherEvaluation, match=r"another evaluation \(logits, probe differ\): move it away"):
         evaluate(model, digits, **first)
+
+
+def test_verdicts_of_a_model_that_only_looks_the_same_are_not_taken_up(model, digits, tmp_path):
+    "The same logits on clean images: one has no gradient, one breaks under noise."
+    class Cut(nn.Module):
+        def forward(self, x):
+            return model(x.detach())
+
+    class Brittle(nn.Module):
+        def forward(self, x):
+            return model(x) * (1 if torch.equal(x, (x * 255).round() / 255) else -1)
+
+    first = dict(attacks=[PGD(0.1)], images=40, resume=tmp_path / "state", quiet=True)
+    evaluate(model, digits, **first)
+    for other in (Cut(), Brittle()):
+        with pytest.raises(OtherEvaluation, match=r"\(probe differ\)"):
+            evaluate(other, digits, **first)
+
+
+def test_verdicts_of_an_attack_whose_code_has_changed_are_not_taken_up(model, digits, tmp_path):
+    (tmp_path / "theirs.py").write_text("def attack(model, x, y):\n    return x\n\nattack.eps = 0.1\n")
+    first = dict(images=40, resume=tmp_path / "state", quiet=True)
+    load = lambda: runpy.run_path(str(tmp_path / "theirs.py"))["attack"]
+    evaluate(model, digits, [load()], **first)
+    (tmp_path / "theirs.py").write_text("def attack(model, x, y):\n    return 1 - x\n\nattack.eps = 0.1\n")
+    linecache.checkcache()
+    with pytest.raises(OtherEvaluation, match=r"\(code differ\)"):
+        evaluate(model, digits, [load()], **first)
 
 
 def test_a_deadline_stops_after_the_batch_with_everything_kept(model, digits, tmp_path):
@@ -439,15 +469,19 @@ def test_an_ensemble_of_one_s_own_is_called_as_it_is(model, digits):
     assert {check["name"]: check["passed"] for check in record["checks"]}["square"] is None
 
 
-def test_robustbench_entry_has_the_leaderboard_s_keys(model, digits):
+def test_robustbench_entry_is_of_the_standard_attack_on_the_whole_test_set(model, digits):
     attack = AutoAttack(8 / 255, steps=3, queries=5)
     record = evaluate(model, digits, [attack], images=30, quiet=True)
-    info = robustbench_info(record, "A paper", "Some One", "ResNet-8")
+    with pytest.raises(ValueError, match="AutoAttack was run on 30 of 500 test images"):
+        robustbench_info(record, "", "", "")
+    whole = record | dict(subset=None)  # as if there were no more
+    with pytest.raises(ValueError, match="not the standard AutoAttack: steps is 3 there, 100 here; queries is 5"):
+        robustbench_info(whole, "", "", "")
+    whole["metrics"]["autoattack"]["attack"] |= dict(steps=100, queries=5000)
+    info = robustbench_info(whole, "A paper", "Some One", "ResNet-8")
     assert set(info) == {"link", "name", "authors", "additional_data", "number_forward_passes", "dataset",
                          "venue", "architecture", "eps", "clean_acc", "reported", "autoattack_acc"}
     assert info["eps"] == "8/255" and float(info["autoattack_acc"]) <= float(info["clean_acc"])
-    with pytest.raises(ValueError, match="AutoAttack was run on 30 of 500 images"):
-        robustbench_info(record | dict(n=500), "", "", "")
     with pytest.raises(ValueError, match="the record has clean: RobustBench needs autoattack"):
         robustbench_info(dict(metrics=dict(clean=record["metrics"]["clean"])), "", "", "")
 

@@ -408,6 +408,19 @@ def test_attacks_of_others():
     assert theirs.model is model and not model.training and json.dumps(record)
 
 
+def test_attacks_of_others_take_colour_images():
+    "Images lie in memory as others expect them: a flat view of them is no error."
+    import torchattacks
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    x = torch.rand(20, 3, 8, 8)
+    attacks = [torchattacks.PGDL2(model, eps=0.5, steps=2), torchattacks.FAB(model, norm="L2", eps=0.5, steps=2,
+                                                                             n_classes=5)]
+    record = evaluate(model, (x, model(x).argmax(1)), attacks, quiet=True)
+    assert record["metrics"]["clean"]["accuracy"] == 100 and record["metrics"]["PGDL2"]["n"] == 20
+
+
 def test_attacks_of_foolbox(monkeypatch):
     monkeypatch.setattr("numba.config.DISABLE_JIT", 0)  # see conftest.py: foolbox cannot be imported with it
     import foolbox

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from advdpnp.attacks import FGSM, PGD
+from advdpnp.attacks import CW, FGSM, PGD
 from advdpnp.autoattack import AutoAttack
 from advdpnp.data import Loader
 from advdpnp.evaluation import evaluate, images_of
@@ -112,3 +112,56 @@ def test_attacks_find_what_was_planted(defended, digits):
     assert counts["tests"] >= 48
     assert counts["found"] >= 0.99 * counts["tests"]
     assert counts["noise"] < 0.5 * counts["tests"]
+
+
+# False alarms, and alarms that were not raised
+
+
+def test_noise_is_noise_for_an_attack_that_starts_at_the_image(digits):
+    says = lambda whole: (255 * whole).sum((1, 2, 3)).round().long() % 10
+
+    class Brittle(nn.Module):
+        "Right about images as they are, by chance about all others, and without gradients."
+
+        def forward(self, x):
+            whole = (x * 255).round() / 255
+            off = ((x - whole).abs().flatten(1).amax(1) > 1e-4).long()
+            return 5 * nn.functional.one_hot((says(whole) + off) % 10, 10).float()
+
+    x = torch.from_numpy(digits.x_test[:100]).permute(0, 3, 1, 2) / 255
+    for start in (False, True):
+        record = evaluate(Brittle(), (x, says(x)), [FGSM(0.05), PGD(0.05, random_start=start)], quiet=True)
+        noise = next(check for check in record["checks"] if check["name"] == "noise")
+        assert noise["passed"] is start, noise  # its worst case is all images, or next to none
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.005), ("linf", 0.02), ("l2", 0.1)])
+def test_a_small_budget_is_no_fault_of_the_attack(linear, digits, norm, eps):
+    "PGD is optimal on a linear model, which four times this budget does not break."
+    record = evaluate(linear, digits, [FGSM(eps, norm=norm), PGD(eps, norm=norm)], images=100, twin=linear, quiet=True)
+    assert "twin" not in failed(record["checks"])
+
+
+def test_attacks_of_several_budgets_are_not_compared(linear, digits):
+    for attacks in ([FGSM(0.1), PGD(0.005)], [FGSM(0.02), PGD(0.02), CW(0.1)], [PGD(0.02), FGSM(1.0, norm="l2")]):
+        checks = evaluate(linear, digits, attacks, images=60, quiet=True)["checks"]
+        assert not {"iterations", "loss", "one step"} & {*failed(checks)}
+
+
+def test_half_precision_rounds_otherwise_in_another_batch():
+    torch.manual_seed(2)
+    layers = nn.Flatten(), nn.Linear(3072, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    model, x = nn.Sequential(*layers).bfloat16(), torch.rand(64, 3, 32, 32)
+    record = evaluate(model, (x, model(x.bfloat16()).argmax(1)), [PGD(0.01, steps=1)], quiet=True)
+    said = {check["name"]: check for check in record["checks"]}
+    assert said["batch-independent"]["passed"] and said["precision"]["found"] == "computes in bfloat16"
+
+
+def test_autocast_inside_a_model_is_said(linear, digits):
+    class Mixed(nn.Module):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return linear(x)
+
+    checks = evaluate(Mixed(), digits, [FGSM(0.1)], images=20, quiet=True)["checks"]
+    assert "computes in bfloat16" in next(check["found"] for check in checks if check["name"] == "precision")

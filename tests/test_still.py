@@ -12,7 +12,8 @@ from torch.nn.utils import prune
 import advdpnp.backbones  # noqa: F401, registers its networks
 from advdpnp.attacks import PGD
 from advdpnp.prototypes import PrototypeNet
-from advdpnp.still import Still, folding_pairs, frozen_copy, full_precision, held_still, named_tensors
+from advdpnp.still import (Still, folding_pairs, frozen_copy, full_precision, held_still, modules_of, named_tensors,
+                           unwrapped)
 
 X, Y = torch.rand(16, 1, 12, 12, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
 
@@ -380,3 +381,78 @@ def test_scripted_models_are_attacked():
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).eval())
     x_adv = PGD(0.1, steps=2)(scripted, X, Y)
     assert 0 < (x_adv - X).abs().max() <= 0.1 + 1e-6
+
+
+# Wrappers
+
+
+class Scaled(nn.Module):
+    "Normalises, and has whatever the model in it has: a wrapper as people write it."
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner((x - 0.5) / 0.05)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(400, 4)).eval()
+
+
+def test_a_wrapper_that_passes_attributes_on_is_the_model():
+    inner = plain()
+    compiled, same = Scaled(torch.compile(inner, backend="eager")), Scaled(inner)
+    assert unwrapped(compiled) is compiled
+    with torch.no_grad(), held_still(compiled, X) as still:
+        torch.testing.assert_close(still(X), same(X))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_hooks_of_a_wrapper_belong_to_the_model(wrap):
+    normalise = lambda _, inputs: ((inputs[0] - 0.5) / 0.05,)
+    model, same = wrap(plain()), plain()
+    assert unwrapped(model) is not model
+    for one in (model, same):
+        one.register_forward_pre_hook(normalise)
+    assert unwrapped(model) is model
+    with torch.no_grad():
+        y = same(X).argmax(1)
+        with held_still(model, X) as still:
+            torch.testing.assert_close(still(X), same(X))
+    moved = PGD(0.02, seed=3)
+    torch.testing.assert_close(moved(model, X, y), moved(same, X, y))
+
+
+def test_a_network_that_draws_numbers_is_the_same_as_its_copy():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + 0.1 * torch.randn_like(x)
+
+    model = nn.Sequential(Noisy(), plain())
+    still = Still(model, X)
+    assert still.same_as_model(X)
+    with torch.no_grad():
+        model[1][4].weight.mul_(2)
+    assert not still.same_as_model(X)
+
+
+def test_a_function_finds_its_network_in_a_file_and_deep_in_a_dictionary(tmp_path, monkeypatch):
+    (tmp_path / "their_nets.py").write_text("net = None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import their_nets
+
+    their_nets.net = plain().train()
+    before, deep = their_nets.net[1].running_mean.clone(), {"a": {"b": {"c": [their_nets.net]}}}
+    for function in (lambda x: their_nets.net(x), lambda x: deep["a"]["b"]["c"][0](x)):
+        PGD(0.1, steps=2)(function, X, Y)
+        assert torch.equal(their_nets.net[1].running_mean, before) and their_nets.net.training
+    assert modules_of(lambda x: F.relu(torch.stack([x]))) == []
