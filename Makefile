@@ -8,6 +8,8 @@ PYTHON ?= python3
 # Small networks: more threads would cost more than they give, and outputs should not depend on their number.
 ONE_THREAD = OMP_NUM_THREADS=1
 README = README.md
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 
 .PHONY: table1 numbers benchmark test kill export notebooks readme lab docs clean
 table1: .venv/installed
@@ -45,7 +47,8 @@ notebooks: export
 	$(MAKE) readme
 
 readme: .venv/installed
-	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | sed 's#\.\./data/#data/#g; s#(\([0-9a-z_]*\.ipynb\))#(nbs/\1)#g; /^```$$/{N;s/^```\n\(from\|import\) /```python\n\1 /}' | cat -s > $(README)
+	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | sed 's#\.\./data/#data/#g; s#(\([0-9a-z_]*\.ipynb\))#(nbs/\1)#g; /^```$$/{N;s/^```\n\(from\|import\) /```python\n\1 /}' | cat -s > $(README).new
+	mv $(README).new $(README)
 
 lab: .venv/installed
 	.venv/bin/jupyter lab --notebook-dir nbs $(ARGS)

@@ -10,6 +10,7 @@ __all__ = ['device_name', 'seconds_of', 'records_on', 'usual_seconds', 'Item', '
 
 # %% ../nbs/71_cluster.ipynb #ce8a2c27
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -156,6 +157,11 @@ def bill_text(
 _GENERAL = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes", "stderr_to_stdout")
 
 
+_NUMBERS = "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes"
+_LISTS = "setup", "teardown", "srun_args"  # lines of a shell
+_NEXT = re.compile(r",(?=\s*\w+\s*=)")  # a value may have commas, such as exclude=node1,node2
+
+
 def parse_slurm(
     texts,  # "partition=gpu, timeout_min=120", or several such
 ) -> dict:  # what `submitit.AutoExecutor.update_parameters` takes
@@ -163,13 +169,17 @@ def parse_slurm(
     from submitit.slurm.slurm import SlurmExecutor
 
     texts, found = [texts] if isinstance(texts, str) else texts, {}
-    for text in filter(None, (part.strip() for text in texts for part in text.split(","))):
+    known = {*_GENERAL, *SlurmExecutor._valid_parameters()} - {"time", "additional_parameters", "dependency",
+                                                               "array_parallelism"}
+    for text in filter(None, (part.strip() for text in texts for part in _NEXT.split(text))):
         key, equals, value = (word.strip() for word in text.partition("="))
         if not equals or not value:
             raise ValueError(f"slurm is {text!r}: expected name=value, such as partition=gpu")
-        known = {*_GENERAL, *SlurmExecutor._valid_parameters()} - {"time", "additional_parameters", "dependency"}
         one_of(key, sorted(known), "parameter of SLURM")
-        found[key if key in _GENERAL else f"slurm_{key}"] = int(value) if value.isdecimal() else value
+        plain = {"true": True, "false": False}.get(value.lower(), int(value) if value.isdecimal() else value)
+        if key in _NUMBERS and type(plain) is not int:
+            raise ValueError(f"slurm {key} is {value!r}: expected a whole number")
+        found[key if key in _GENERAL else f"slurm_{key}"] = [value] if key in _LISTS else plain
     return found
 
 # %% ../nbs/71_cluster.ipynb #7743c86d
@@ -371,7 +381,8 @@ def wait_for(
             time.sleep(min(10, 1 + seconds / 30))
     except KeyboardInterrupt:
         bar.close()
-        print("the jobs go on: advdpnp runs shows them, advdpnp runs --cancel ends them", file=sys.stderr)
+        ids = sorted({job["id"].partition("_")[0] for piece in pieces if (job := owner(piece.folder, piece.step))})
+        print(f"the jobs go on: scancel {' '.join(ids)} ends them", file=sys.stderr)
         raise
 
 # %% ../nbs/71_cluster.ipynb #367c1a0f
@@ -385,8 +396,8 @@ def last_lines(path: Path, count: int = 3) -> str:
 
 def failure(piece: Piece) -> RuntimeError:
     "What became of a job that is no more."
-    path = claims(piece.folder, piece.step)[-1]
-    job = read_json(path) if path.stat().st_size else {}
+    made = claims(piece.folder, piece.step)
+    job = read_json(made[-1]) if made and made[-1].stat().st_size else {}
     ask = ["squeue", "--noheader", "--states=all", f"--jobs={job.get('id')}", "--format=%T"]
     with suppress(OSError, subprocess.SubprocessError):
         job.setdefault("state", subprocess.run(ask, capture_output=True, text=True, timeout=60).stdout.strip())
@@ -441,8 +452,10 @@ def run_on(
 def cancel(data_dir: Path) -> list[str]:  # ids
     "End the jobs that have runs of a folder; what they have done stays."
     found = {path.parent for path in (Path(data_dir) / "runs").glob("*/*/job-*-*.json")}
-    ids = [job["id"] for folder in sorted(found) for step in ("train", *RECORDS) if (job := owner(folder, step))]
-    ids = [name for name in ids if name]
+    jobs = [job for folder in sorted(found) for step in ("train", *RECORDS) if (job := owner(folder, step))]
+    if any(job["state"] == "UNKNOWN" for job in jobs):
+        raise RuntimeError("SLURM does not answer: expected a machine from which jobs are submitted")
+    ids = [job["id"] for job in jobs if job["id"]]
     if ids:
-        subprocess.run(["scancel", *ids], check=True)
+        subprocess.run(["scancel", *ids], check=False)  # one that has just ended is no error
     return ids

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'LEFT', 'EPOCH_BAR', 'ATTACK_BAR', 'EVERY', 'shown', 'one_of', 'number', 'whole', 'place_of',
-           'remove_abandoned', 'locked', 'cannot_write', 'replacing', 'sealed', 'unsealed', 'read_json', 'as_json',
-           'write_json', 'sha256_of', 'hash_of_tensors', 'packed_weights', 'read_weights', 'flat', 'differing',
-           'claim_folder', 'plain_name', 'as_text', 'markdown', 'signals_wait', 'sigterm_is_ctrl_c', 'seed_of',
-           'seeded', 'seed_globally', 'Kept', 'own_randomness', 'cores', 'pick_device', 'has_fast_bf16', 'share_screen',
-           'can_redraw', 'Lines', 'progress_bar', 'close_bar']
+           'remove_abandoned', 'locked', 'is_locked', 'cannot_write', 'replacing', 'sealed', 'unsealed', 'read_json',
+           'as_json', 'write_json', 'sha256_of', 'hash_of_tensors', 'packed_weights', 'read_weights', 'flat',
+           'differing', 'claim_folder', 'plain_name', 'as_text', 'markdown', 'signals_wait', 'sigterm_is_ctrl_c',
+           'seed_of', 'seeded', 'seed_globally', 'Kept', 'own_randomness', 'cores', 'pick_device', 'has_fast_bf16',
+           'share_screen', 'can_redraw', 'Lines', 'progress_bar', 'close_bar']
 
 # %% ../nbs/90_core.ipynb #16f65974
 import difflib
@@ -16,6 +16,7 @@ import hashlib
 import json
 import numbers
 import os
+import platform
 import re
 import signal
 import sys
@@ -111,17 +112,20 @@ def place_of(
     return ""
 
 # %% ../nbs/90_core.ipynb #c4bbed5d
-_PART = re.compile(r"\..+\.[0-9a-f]{8}\.part(\.[^.]+)?")
+_PART = re.compile(r"\..+\.([0-9a-f]{8})\.part(\.[^.]+)?")
+_HERE = hashlib.sha256(platform.node().encode()).hexdigest()[:3]  # the parts of this machine begin with it
 
 
 def remove_abandoned(folder: Path):
     "Remove from a folder what killed processes have half written; what is being written is locked, and stays."
-    parts = folder.glob(".*.part*") if fcntl else []
-    for part in (path for path in parts if _PART.fullmatch(path.name) and path.is_file()):
+    for part in folder.glob(".*.part*") if fcntl else []:
+        named = _PART.fullmatch(part.name)
         with suppress(OSError):  # somebody writes it, or it is not ours to remove
-            with open(part, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                part.unlink()
+            ours = named and (named[1].startswith(_HERE) or time.time() - part.stat().st_mtime > 3600)
+            if ours and part.is_file():  # another machine's locks may not be seen here, so its parts stay for an hour
+                with open(part, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    part.unlink()
 
 # %% ../nbs/90_core.ipynb #f5767eac
 @contextmanager
@@ -147,6 +151,19 @@ def locked(
     with file:
         yield
 
+# %% ../nbs/90_core.ipynb #90a00002
+def is_locked(
+    file: Path,
+) -> bool:  # False where there is no such file, or no locks
+    "Whether a process holds the lock of a file."
+    try:
+        with open(file, "rb") as there:
+            if fcntl:
+                fcntl.flock(there, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return isinstance(error, (BlockingIOError, PermissionError))  # the latter: another user's, not to be read
+
 # %% ../nbs/90_core.ipynb #4ace4aac
 def cannot_write(
     path: Path,
@@ -162,7 +179,7 @@ def cannot_write(
 def replacing(path):
     "A temporary path that becomes `path` when the block succeeds: others see the old file or the new, never a part."
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.{_HERE}{uuid.uuid4().hex[:5]}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent)

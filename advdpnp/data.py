@@ -7,11 +7,12 @@ __all__ = ['DIGITS', 'OFFICIAL', 'SUFFIXES', 'FORMATS', 'GREY', 'TURNED', 'SYSTE
            'channels_last', 'in_parts', 'check_images_of', 'check_split', 'stored_images', 'check_arrays', 'names_of',
            'channel_statistics', 'statistics_of', 'may_flip', 'hash_of', 'Dataset', 'embedded_digits', 'official_split',
            'official_arrays', 'official_md5', 'wrong_files', 'make_archive', 'stored_arrays', 'read_archive',
-           'ask_picture', 'is_deep', 'look_at', 'pixels_of', 'check_sizes', 'read_pictures', 'is_hidden', 'is_loop',
-           'LeftOut', 'is_picture', 'pictures_below', 'number_of', 'in_order', 'sub_folders', 'classes_in', 'splits_in',
-           'check_classes', 'files_of', 'place_name', 'labels_and_notes', 'read_folder', 'is_path', 'stored_dataset',
-           'load_dataset', 'check_held_out', 'hold_out', 'square_means', 'averaged', 'stratified_order', 'lacking',
-           'subset', 'at_most', 'random_crop_flip', 'to_float', 'Loader', 'check_batch', 'Stream']
+           'ask_picture', 'is_deep', 'size_of', 'look_at', 'pixels_of', 'check_sizes', 'read_pictures', 'is_hidden',
+           'is_loop', 'LeftOut', 'is_picture', 'pictures_below', 'number_of', 'in_order', 'sub_folders', 'classes_in',
+           'splits_in', 'check_classes', 'files_of', 'place_name', 'labels_and_notes', 'read_folder', 'is_path',
+           'stored_dataset', 'load_dataset', 'check_held_out', 'hold_out', 'square_means', 'averaged',
+           'stratified_order', 'lacking', 'subset', 'at_most', 'random_crop_flip', 'to_float', 'Loader', 'check_batch',
+           'Stream']
 
 # %% ../nbs/92_data.ipynb #2f3856b1
 import hashlib
@@ -143,6 +144,8 @@ def names_of(
     class_names: tuple = (),  # one name a class; empty: the numbers 0, 1, ... up to the largest label
 ) -> tuple[str, ...]:
     "The names of the classes, or a ValueError if a label has none."
+    if not len(class_names) and labels.max() >= 1_000_000:
+        raise ValueError(f"{name}: labels from {labels.min()} to {labels.max()}: expected numbers of classes, from 0")
     names = tuple(map(str, class_names)) or tuple(str(k) for k in range(labels.max() + 1))
     if labels.min() < 0 or labels.max() >= len(names):
         hint = ": they count from 0, so subtract 1" * bool(labels.min() == 1)
@@ -368,7 +371,10 @@ def stored_arrays(
     if not path.exists():
         raise ValueError(f"{path} is not there: expected an .npz archive with x_train, y_train, x_test and y_test")
     try:
-        with np.load(path) as archive:
+        with open(path, "rb") as file:
+            archive = np.load(file)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array")
             return {key: archive[key] for key in archive.files}
     except PermissionError:
         raise
@@ -430,15 +436,23 @@ GREY = ("1", "L", "LA")  # Pillow's modes of pictures without colours
 TURNED = 0x0112  # in EXIF: 1 as it is, 2 to 8 mirrored or turned; from 5 on, width and height change places
 
 
+def size_of(picture) -> tuple[int, int]:
+    "Width and height of a picture as it is to be seen."
+    if PIL.Image.Image.getexif(picture).get(TURNED, 1) not in (5, 6, 7, 8):
+        return picture.size
+    # newer versions of Pillow turn a TIFF by themselves
+    return PIL.ImageOps.exif_transpose(picture).size if picture.format == "TIFF" else picture.size[::-1]
+
+
 def look_at(file) -> tuple[tuple[int, int], bool]:  # width and height; whether it is grey
     "What a picture is, from its header; a ValueError that names the file if it cannot be used."
-    deep, pictures, turned, size, mode, kind = ask_picture(file, lambda p: (
-        is_deep(p), getattr(p, "n_frames", 1), PIL.Image.Image.getexif(p).get(TURNED, 1), p.size, p.mode, p.format))
+    deep, pictures, size, mode, kind = ask_picture(file, lambda p: (
+        is_deep(p), getattr(p, "n_frames", 1), size_of(p), p.mode, p.format))
     if deep:
         raise ValueError(f"{file} has more than 8 bits a channel (mode {mode}): expected 8")
     if pictures > 1 and kind != "MPO":  # of a camera: a JPEG with a preview behind it
         raise ValueError(f"{file} holds {pictures} pictures: expected one")
-    return size[::-1] if turned in (5, 6, 7, 8) else size, mode in GREY
+    return size, mode in GREY
 
 # %% ../nbs/92_data.ipynb #992e5b9b
 def pixels_of(

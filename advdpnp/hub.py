@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'ABOUT', 'remeasured', 'rounded_accuracies', 'card_table', 'about', 'check_publishable', 'publish', 'Pieces',
-           'pack']
+           'check_pack', 'pack']
 
 # %% ../nbs/76_hub.ipynb #7c151a05
 import hashlib
 import io
+import re
 import tarfile
 from copy import deepcopy
 from pathlib import Path
 
 from .attacks import PGD, correct, robust_to
 from .core import as_text, markdown, packed_weights, plain_name, read_weights, replacing, write_json
-from .data import Loader
-from .evaluation import accuracy
+from .data import Loader, stratified_order
+from .evaluation import SUBSET_SEED, accuracy
 from .runs import Ledger, called, chosen_by, provenance, run_of
 from .sanity import failed
 from .still import device_of, full_precision
@@ -31,8 +32,9 @@ def remeasured(
     dataset,
     config: dict,  # of its run
 ) -> dict:  # clean and pgd20: (N,) bool, which images are right
-    "What a published network must give on the first `IMAGES` test images."
-    images = Loader(dataset.x_test[:IMAGES], dataset.y_test[:IMAGES], 500, device=device_of(net))
+    "What a published network must give on `IMAGES` test images, stratified."
+    places = stratified_order(dataset.y_test, dataset.num_classes, SUBSET_SEED)[:IMAGES]
+    images = Loader(dataset.x_test[places], dataset.y_test[places], 500, device=device_of(net))
     attack = PGD(config["eps"], config["eval_step_size"])
     with full_precision():
         clean = correct(net, images)
@@ -177,16 +179,26 @@ class Pieces(io.RawIOBase):
         return size
 
 # %% ../nbs/76_hub.ipynb #30a17cba
+def check_pack(
+    folder,  # new, or with an older pack alone
+) -> list[Path]:  # the pieces of the older pack
+    "A ValueError if a folder holds anything but a pack."
+    there = sorted(Path(folder).iterdir()) if Path(folder).exists() else []
+    if others := [path.name for path in there if not re.fullmatch(r"pack-\d+", path.name)]:
+        raise ValueError(f"{folder} holds {others[0]}: expected a new folder, or one with an older pack alone")
+    return there
+
+
 def pack(
     preset: str,
-    folder,  # new, or empty
+    folder,  # see `check_pack`
     data_dir="data",
     size: int = 15 * 2**20,  # bytes of a piece, at most
 ) -> list[Path]:  # the pieces
     "Put records, tables and half-precision weights of a preset into a few files."
     data, folder = Path(data_dir), Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: expected a new folder")
+    for old in check_pack(folder):
+        old.unlink()
     runs = sorted(data.glob(f"runs/*/*-{preset}-s[0-9]*"))
     small = [path for run in runs for path in sorted([*run.glob("*.json"), run / "metrics.jsonl"]) if path.exists()]
     results = sorted({*data.glob(f"results/*.{preset}*"), *data.glob("results/benchmark.*.json")})

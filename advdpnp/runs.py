@@ -8,10 +8,11 @@ __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'F
            'usual_settings', 'from_flat', 'make_config', 'config_hash', 'as_parameter', 'as_seeds', 'check_jobs',
            'check_parameters', 'commit_of_package', 'processor', 'provenance', 'forget_peak', 'one_thread',
            'network_of', 'check_run', 'run_of', 'load_checkpoint', 'queue', 'this_job', 'claims', 'owner', 'claim',
-           'at_work', 'is_running', 'Ledger', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by', 'attacked_epoch',
-           'attacked', 'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features', 'broken_in_turn',
-           'tradeoff', 'check_same_images', 'identity', 'seconds_left', 'other_machines', 'training_left',
-           'measuring_left', 'status', 'cards', 'end_with', 'do_step', 'in_worker', 'Workers', 'share_work']
+           'at_work', 'is_running', 'Ledger', 'key_of_data', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by',
+           'attacked_epoch', 'attacked', 'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features',
+           'broken_in_turn', 'tradeoff', 'check_same_images', 'identity', 'seconds_left', 'other_machines',
+           'training_left', 'measuring_left', 'status', 'cards', 'end_with', 'do_step', 'in_worker', 'Workers',
+           'share_work']
 
 # %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
@@ -43,7 +44,7 @@ from joblib.externals.loky import FIRST_COMPLETED, BrokenProcessPool, ProcessPoo
 import advdpnp
 from .attacks import PGD, ThreatModel, correct
 from .core import claim_folder, cores, has_fast_bf16, one_of, own_randomness, pick_device, plain_name
-from .core import read_json, read_weights, sha256_of, share_screen, shown
+from .core import is_locked, read_json, read_weights, sha256_of, share_screen, shown
 from .core import write_json
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, is_path, load_dataset, place_name
@@ -564,13 +565,7 @@ def is_running(
     folder: Path,  # of a run
 ) -> bool:
     "Whether a process is at work on a run."
-    if not (folder / "lock").exists():
-        return False
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            return False
-    except (Timeout, PermissionError):  # the latter: another user's
-        return True
+    return is_locked(folder / "lock")
 
 # %% ../nbs/70_runs.ipynb #d1bbde26
 class Ledger:
@@ -609,10 +604,15 @@ def begun(self: Ledger, config):
     return config | dict(precision=run_of(path).get("precision", config["precision"]))
 
 # %% ../nbs/70_runs.ipynb #b459d016
+def key_of_data(config):
+    "What decides the images of a run: the data set, their size, and how many there are."
+    return tuple(config[key] for key in ("dataset", "side", "train_images"))
+
+
 @patch
 def dataset(self: Ledger, config):
     "The images of a run."
-    key = name, side, images = tuple(config[key] for key in ("dataset", "side", "train_images"))
+    key = name, side, images = key_of_data(config)
     if key not in self._datasets:
         dataset = averaged(load_dataset(name, self.data_dir), side)
         self._datasets[key] = at_most(dataset, images) if images else dataset
@@ -875,6 +875,10 @@ def result(
         return self.kept(config, kind) if self.use_results else None
     self.check(config)
     record = read_json(path, "config", *(("best", "last") if kind == "result" else ("sha256",)))
+    data = self._datasets.get(key_of_data(config))  # if it was wanted already
+    if data and record["data_sha256"] != data.sha256:
+        raise ValueError(f"{path} is of other images than those of {config['dataset']} now (their SHA-256 differs): put "
+                         f"those back, or train anew in another data folder")
     best = path.with_name("best.safetensors")
     if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
         raise ValueError(
@@ -924,7 +928,8 @@ def train(
             if not trainer.fit(time_limit):
                 return False
             if not rank:
-                write_json(folder / "trained.json", made() | (dict(others=others) if others else {}))
+                about = dict(data_sha256=trainer.dataset.sha256) | (dict(others=others) if others else {})
+                write_json(folder / "trained.json", made() | about)
     return True
 
 # %% ../nbs/70_runs.ipynb #71ab923c
@@ -934,10 +939,14 @@ def make_record(self: Ledger, config, deadline, kind):
     about = {key: config[key] for key in ("method", "dataset", "arch", "preset", "seed")} | dict(
         config=config, config_hash=config_hash(config), data_sha256=self.dataset(config).sha256)
     folder, began = self.folder(config), time.monotonic()
+    trained = read_json(folder / "trained.json")
+    if trained.get("data_sha256", about["data_sha256"]) != about["data_sha256"]:
+        raise ValueError(f"the images of {config['dataset']} are not those that {folder} was trained on (their SHA-256 "
+                         f"differs): put those back, or train anew in another data folder")
     found = RECORDS[kind](self, config, deadline)
     if kind != "result":  # which says so of each of its two epochs
         about |= dict(sha256=self.sha256(config), seconds=round(time.monotonic() - began, 2))
-    about["trained_with"] = read_json(folder / "trained.json")
+    about["trained_with"] = trained
     record = about | found | provenance(self.device)
     write_json(folder / f"{kind}.json", record)
     for left_over in folder.glob(f"{kind}-*.json"):
@@ -1024,7 +1033,10 @@ def status(
             return "damaged", f"{folder / 'result.json'} holds no accuracies: move this file away"
     after = f"after {len(lines.read_bytes().splitlines()) if lines.exists() else 0} epochs"
     claimed = sorted({path.stem.split("-")[1] for path in folder.glob("job-*-*.json")}, key=["train", *RECORDS].index)
-    jobs = [job for step in claimed if (job := owner(folder, step))]
+    try:
+        jobs = [job for step in claimed if (job := owner(folder, step))]
+    except ValueError as damage:
+        return "damaged", str(damage)
     at = ", ".join(f"job {job['id']}{job['node'] and ' on '}{job['node']}" for job in jobs if job["id"])
     if is_running(folder) or any(job["node"] for job in jobs):
         trained = (folder / "trained.json").exists()

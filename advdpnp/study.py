@@ -33,7 +33,7 @@ from .data import Dataset, stratified_order
 from .evaluation import OtherEvaluation, described, evaluate
 from .plots import WIDTH
 from .prototypes import Classifier, LinearNet, PrototypeHead
-from .runs import check_jobs, one_thread, provenance, seconds_left
+from .runs import at_work, check_jobs, one_thread, provenance, seconds_left
 from .tables import save
 from .training import Trainer
 
@@ -219,13 +219,15 @@ def run(
     if seconds_left(deadline) == 0:
         return None
     trainer = self.trainer(name, seed)
-    if not trainer.fit(seconds_left(deadline)):
-        return None
-    weights = {which: trainer.weights(which) for which in self.measured}
-    try:
-        found = {which: self.measure(trainer, which, weights[which], deadline) for which in self.measured}
-    except TimeoutError:
-        return None
+    with at_work(path.parent):  # and no other process
+        trainer.resume()  # another may have gone on with it
+        if not trainer.fit(seconds_left(deadline)):
+            return None
+        weights = {which: trainer.weights(which) for which in self.measured}
+        try:
+            found = {which: self.measure(trainer, which, weights[which], deadline) for which in self.measured}
+        except TimeoutError:
+            return None
     record = dict(method=name, seed=seed, config=self.config, epochs=trainer.epochs, history=trainer.history,
                   training_seconds=round(trainer.seconds, 1), trained_with=trainer.config)
     write_json(path, record | found | provenance(self.device))

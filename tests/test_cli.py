@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -345,6 +346,37 @@ def test_a_plan_stops_in_time(clone):
     assert not (clone / "made").exists()
     with pytest.raises(TimeoutError):
         run_step(["notebook", "figure1"], "quick", 0.01)
+
+
+def test_a_step_that_fails_is_named_when_time_runs_out(clone, monkeypatch):
+    def step(step, *_):
+        if step[0] == "notebook":
+            return False
+        raise TimeoutError
+
+    monkeypatch.setattr(advdpnp.cli, "run_step", step)
+    done = run("numbers", "quick", "--pack", clone / "taken")
+    assert done.exit_code == 1 and "time is up" in done.stdout and "failed: notebook figure1" in done.stderr
+    assert run("numbers", "quick", "--pack", clone / "taken").exit_code == 1
+    assert (clone / "taken/pack-00").exists()  # the second took the place of the first
+    (clone / "taken/mine.txt").touch()
+    assert "holds mine.txt: expected a new folder" in run("numbers", "quick", "--pack", clone / "taken").stderr
+
+
+def test_models_of_two_folders_have_neighbours_of_their_own(here):
+    for name in ("a", "b"):
+        (here / name).mkdir()
+        (here / name / "layers.py").write_text(f"who = {name!r}")
+        (here / name / "models.py").write_text(
+            "import pickle\nimport torch\nfrom layers import who\n\n\nclass Net(torch.nn.Linear):\n    pass\n\n\n"
+            "def net():\n    made = Net(1, 1)\n    made.who = who\n    assert pickle.loads(pickle.dumps(made)).who == who\n"
+            "    return made\n")
+    assert [import_model(f"{name}/models.py:net").who for name in "aba"] == ["a", "b", "a"]
+
+
+def test_names_of_others_cannot_speak_to_the_terminal(capsys):
+    advdpnp.cli.say_data(SimpleNamespace(about=["classes: \x1b]0;owned\x07 and 犬"]))
+    assert "\x1b" not in (said := capsys.readouterr().out) and "犬" in said
 
 
 def test_a_step_that_fails_is_named_when_the_others_are_done(clone, monkeypatch):

@@ -245,6 +245,14 @@ def test_a_wrong_word_for_a_cluster_gets_a_sentence(monkeypatch, tmp_path):
         advdpnp.cluster.parse_slurm("gpu_per_node=1")
     with pytest.raises(ValueError, match="expected name=value"):
         advdpnp.cluster.parse_slurm(["partition"])
+    with pytest.raises(ValueError, match="mem_gb is '1.5': expected a whole number"):
+        advdpnp.cluster.parse_slurm("mem_gb=1.5")
+    with pytest.raises(ValueError, match="unknown parameter of SLURM 'array_parallelism'"):
+        advdpnp.cluster.parse_slurm("array_parallelism=4")
+    assert advdpnp.cluster.parse_slurm(["exclude=node1,node2, mail_type=END,FAIL", "use_srun=false", "exclusive=true",
+                                        "setup=module load cuda", "gpus_per_node=1"]) == dict(
+        slurm_exclude="node1,node2", slurm_mail_type="END,FAIL", slurm_use_srun=False, slurm_exclusive=True,
+        slurm_setup=["module load cuda"], gpus_per_node=1)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="there is no SLURM here"):
         as_cluster("slurm")

@@ -632,3 +632,14 @@ def test_ragged_lists_are_refused():
 def test_a_stream_takes_what_rounding_does():
     (x, _), = Stream([(X * (1 + 2e-6) - 1e-6, Y)]).epoch()
     assert x.min() >= 0 and x.max() <= 1
+
+
+def test_an_archive_that_is_one_array_and_labels_that_are_no_classes_get_a_sentence(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="x.npz is damaged or not an .npz archive .it holds one array."):
+        load_dataset("x", tmp_path)
+    x, y = np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, 10**9])
+    np.savez(tmp_path / "y.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(ValueError, match="labels from 0 to 1000000000: expected numbers of classes"):
+        load_dataset("y", tmp_path)

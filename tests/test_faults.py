@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 import advdpnp.data
 from advdpnp.attacks import FGSM, PGD
 from advdpnp.autoattack import AutoAttack
-from advdpnp.core import read_json, replacing, write_json
+from advdpnp.core import _HERE, read_json, replacing, write_json
 from advdpnp.corruptions import corrupted_images
 from advdpnp.data import load_dataset
 from advdpnp.evaluation import Resume
@@ -255,7 +256,8 @@ def test_a_folder_that_may_not_be_changed_is_named(digits, tmp_path):
 
 
 def test_parts_of_dead_processes_are_removed_and_those_of_living_ones_stay(tmp_path):
-    names = ".state.0a1b2c3d.part.pt", ".lock.0a1b2c3d.part", ".state.11111111.part.pt", ".mine.part.txt", "a.part.txt"
+    names = [name.format(_HERE) for name in (".state.{}a1b2c.part.pt", ".lock.{}a1b2c.part", ".state.{}11111.part.pt",
+                                             ".mine.part.txt", "a.part.txt")]
     for name in names:
         (tmp_path / name).touch()
     with open(tmp_path / names[2]) as alive:
@@ -264,6 +266,17 @@ def test_parts_of_dead_processes_are_removed_and_those_of_living_ones_stay(tmp_p
         assert {path.name for path in tmp_path.iterdir()} == {*names[2:], "any.json"}
     write_json(tmp_path / "any.json", {})
     assert {path.name for path in tmp_path.iterdir()} == {*names[3:], "any.json"}
+
+
+def test_parts_of_another_machine_stay_for_an_hour(tmp_path):
+    "Some clusters show a lock on its own machine alone."
+    theirs = tmp_path / ".state.00000000.part.pt"
+    theirs.touch()
+    write_json(tmp_path / "any.json", {})
+    assert theirs.exists()
+    os.utime(theirs, (time.time() - 4000,) * 2)
+    write_json(tmp_path / "any.json", {})
+    assert not theirs.exists()
 
 
 def test_two_that_write_one_file_at_a_time_do_not_remove_each_other_s_part(tmp_path):

@@ -215,6 +215,8 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path):
     exif[0x0112] = 6  # the camera was held upright
     read = read_one(tmp_path, image, exif=exif)
     assert np.array_equal(read.x_test[0], np.rot90(np.asarray(image), -1)) and "1 pictures were turned" in read.notes[0]
+    read = read_one(tmp_path / "tiff", image, "x.tif", exif=exif)
+    assert np.array_equal(read.x_test[0], np.rot90(np.asarray(image), -1))
 
 
 def test_sizes_are_counted(pets):

@@ -1,5 +1,6 @@
 "Configurations and the ledger: on more than one machine, in more than one process, and with runs that fail."
 import dataclasses
+import fcntl
 import json
 import re
 import os
@@ -320,13 +321,50 @@ def test_a_run_is_one_process_s_until_that_is_gone(tmp_path):
         assert is_running(tmp_path)
 
 
-def test_a_run_whose_lock_is_another_user_s_is_running(tmp_path, monkeypatch):
-    def lock(path, timeout):
+def test_those_who_ask_do_not_see_each_other_and_a_lock_that_may_only_be_read_can_be_asked(tmp_path):
+    (tmp_path / "lock").touch()
+    (tmp_path / "lock").chmod(0o444)
+    with open(tmp_path / "lock", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # somebody asks at the same moment
+        assert not is_running(tmp_path)
+    with open(tmp_path / "lock", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert is_running(tmp_path)
+
+
+def test_a_run_whose_lock_may_not_be_read_is_taken_as_running(tmp_path, monkeypatch):
+    def refused(*_):
         raise PermissionError
 
-    (tmp_path / "lock").touch()
-    monkeypatch.setattr(advdpnp.runs, "FileLock", lock)
+    monkeypatch.setattr("builtins.open", refused)
     assert is_running(tmp_path)
+
+
+def test_a_run_is_of_its_images_and_not_of_their_name(digits, tmp_path, monkeypatch):
+    "Training and test images changed places after training, or after measuring."
+    monkeypatch.setitem(advdpnp.runs.PRESETS, "quick", advdpnp.runs.PRESETS["quick"] | dict(epochs=1, test_images=20))
+    arrays = {f"{axis}_{part}": getattr(digits, f"{axis}_{part}")[:300] for axis in "xy" for part in ("train", "test")}
+    swapped = {name.replace("train", "te_t").replace("test", "train").replace("te_t", "test"): value
+               for name, value in arrays.items()}
+    config = make_config("standard", "quick", device="cpu", dataset="mine", autoattack_images=2)
+    np.savez(tmp_path / "mine.npz", **arrays)
+    assert Ledger(tmp_path, "cpu", quiet=True).train(config)
+    np.savez(tmp_path / "mine.npz", **swapped)
+    with pytest.raises(ValueError, match="the images of mine are not those that .* was trained on"):
+        Ledger(tmp_path, "cpu", quiet=True).measure(config)
+    np.savez(tmp_path / "mine.npz", **arrays)
+    ledger = Ledger(tmp_path, "cpu", quiet=True)
+    assert ledger.measure(config) == ledger.result(config)
+    np.savez(tmp_path / "mine.npz", **swapped)
+    again = Ledger(tmp_path, "cpu", quiet=True)
+    again.dataset(config)
+    with pytest.raises(ValueError, match="result.json is of other images than those of mine now"):
+        again.result(config)
+
+
+def test_one_damaged_claim_does_not_hide_the_other_runs(tmp_path):
+    (tmp_path / "job-train-1.json").write_text("{")
+    assert status(tmp_path)[0] == "damaged" and "job-train-1.json" in status(tmp_path)[1]
 
 
 SCRIPT = f"""

@@ -40,6 +40,16 @@ def test_shards_of_another_evaluation_are_not_merged(_defended, _undefended, dig
         merge_shards([tmp_path / "0", tmp_path / "0"], tmp_path / "merged")
 
 
+def test_shards_of_other_settings_are_refused(tmp_path):
+    words, options = ("m.py:net", "digits", "0.1", "linf", None, "cpu", tmp_path), dict(images=20, quiet=True)
+    advdpnp.cli.claim_shards(tmp_path / "shards", 2, words, None, options)
+    advdpnp.cli.claim_shards(tmp_path / "shards", 2, words, None, options | dict(quiet=False))
+    for change in ((2, (*words[:2], "0.3", *words[3:]), None, options), (2, words, None, dict(images=500)),
+                   (3, words, None, options), (2, words, "other.py:net", options)):
+        with pytest.raises(ValueError, match="holds another"):
+            advdpnp.cli.claim_shards(tmp_path / "shards", *change)
+
+
 MODELS = """
 import torch
 
@@ -81,3 +91,7 @@ def test_the_command_shares_the_images_and_goes_on_from_shards_that_are_there(he
     one, three = (json.loads((here / name).read_text()) for name in ("one.json", "three.json"))
     assert one["verdicts"] == three["verdicts"] and one["metrics"] == three["metrics"]
     assert sorted(path.name for path in here.glob(".three*")) == []
+    kept = here / ".two.json.unfinished"  # of an evaluation without shards that was interrupted
+    kept.write_text("{}")
+    assert run("two.json", "--shards", "2").exit_code == 0 and not kept.exists()
+    assert json.loads((here / "two.json").read_text())["verdicts"] == one["verdicts"]

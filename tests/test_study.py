@@ -15,7 +15,7 @@ from advdpnp.core import read_json
 from advdpnp.data import load_dataset
 from advdpnp.evaluation import evaluate, verdicts_in
 from advdpnp.methods import PGDAT, TRADES, AdvDPNP, DualBranchLinear
-from advdpnp.runs import make_config
+from advdpnp.runs import at_work, make_config
 from advdpnp.study import LinearHead, Study, Variant, accuracies, differences, draw_differences, held_out, with_head
 
 RESULTS = ROOT / "data/results"
@@ -146,6 +146,12 @@ def test_a_run_that_fails_leaves_the_others(study, capsys):
     assert {*failing.failed} == {("second, faster", 0), ("second, faster", 1)}
     assert "second, faster s0 failed: the " in capsys.readouterr().out
     assert all(failing.folder("first", seed).joinpath("result.json").exists() for seed in (0, 1))
+
+
+def test_a_run_is_one_process_s_at_a_time(study):
+    with at_work(study.folder("first", 0)), pytest.raises(RuntimeError, match="another process is at work on"):
+        study.run("first", 0)
+    assert study.run("first", 0)["seed"] == 0
 
 
 def test_a_run_that_is_not_begun_claims_no_folder(study):
