@@ -64,7 +64,7 @@ Accuracy in per cent with 95% intervals over test images, linf, ε = {eps:.4g}:
 
 {table}
 
-The last line is of these weights, rounded to half precision, on the first {n} test images; \
+The last line is of these weights, rounded to half precision, on {n} test images, stratified; \
 rounding moved no accuracy by more than half a point, the rest of the difference is the choice of images. \
 Sanity checks that failed: {failed}.
 
