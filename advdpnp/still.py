@@ -137,7 +137,7 @@ def modules_of(
 ) -> list[nn.Module]:
     "The modules that a function, or an object that can be called, makes use of."
     found, seen, left = {}, {}, [(thing, reach)]
-    while left:
+    while left and len(seen) < 20_000:  # it may hold a data set
         one, reach = left.pop()
         if isinstance(one, nn.Module):
             found[id(one)] = one
