@@ -104,7 +104,7 @@ def others_code(
         said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
         raise ValueError(f"{what}: {type(error).__name__}: {said}{where}") from error
 
-
+# %% ../nbs/78_cli.ipynb #78a00003
 _LOADED = set(sys.modules)  # before anything of somebody else's was
 _FOLDERS = []  # that files were imported from
 
@@ -120,7 +120,7 @@ def forget_neighbours(
         if file and not ours and any(Path(file).resolve().is_relative_to(other) for other in others):
             del sys.modules[name]
 
-
+# %% ../nbs/78_cli.ipynb #78a00005
 def import_place(
     place: str,  # "package.module" or "folder/file.py"
 ):
@@ -511,7 +511,7 @@ def claim_shards(folder: Path, shards: int, words: tuple, twin: str | None, opti
     asked = dict(zip(("model", "dataset", "eps", "norm", "attacks", "device", "data_dir"), map(str, words)))
     claim_folder(folder, asked | dict(shards=shards, twin=twin) | {k: v for k, v in options.items() if k != "quiet"})
 
-
+# %% ../nbs/78_cli.ipynb #78a00007
 def in_shards(shards: int, output: Path, words: tuple, twin: str | None, options: dict, found: tuple) -> dict:
     "The record of an evaluation whose attacks are made side by side on this machine."
     from advdpnp.core import cores, pick_device

@@ -146,12 +146,14 @@ def bill_text(
     total = lambda part: as_hours(sum(getattr(item, part) for item in known))
     lines += ["", f"{len(items)} records: {there} there, {len(items) - there} missing."]
     if unknown := len(items) - len(known):
-        lines += ["", f"Not in the sums: {unknown}, because there is no record of a similar run on {device_name(device)}."]
+        lines += ["", f"Not in the sums: {unknown}, because there is no record of a similar run on "
+                      f"{device_name(device)}."]
     if not any(item.training or item.measuring for item in known):
         return "\n".join(lines)
     times = ", ".join(f"{as_hours(wall_seconds(known, n))} on {n}" for n in (1, 8, 64))
     return "\n".join([*lines, "", f"An estimate, from records of {device_name(device)}: {total('training')} of "
-                                  f"training, {total('measuring')} of measuring. That takes at least {times} such devices."])
+                                  f"training, {total('measuring')} of measuring. That takes at least {times} "
+                                  "such devices."])
 
 # %% ../nbs/71_cluster.ipynb #77d7d5c4
 _GENERAL = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes", "stderr_to_stdout")

@@ -484,7 +484,8 @@ def key(
     "What decides the verdicts, as JSON gives it back."
     said = hashlib.sha256(logits.contiguous().numpy()).hexdigest()
     code = [source_of(attack.attack) for attack in self.attacks if isinstance(attack, Foreign)]
-    key = dict(logits=said, probe=list(probe), code=[code_of_package(), *code], data=self.dataset.sha256, images=self.images, subset=self.subset(),
+    key = dict(logits=said, probe=list(probe), code=[code_of_package(), *code],
+               data=self.dataset.sha256, images=self.images, subset=self.subset(),
                batch_size=self.batch_size, seed=self.seed, attacks=self.settings())
     return json.loads(json.dumps(key))
 

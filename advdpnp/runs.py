@@ -877,8 +877,8 @@ def result(
     record = read_json(path, "config", *(("best", "last") if kind == "result" else ("sha256",)))
     data = self._datasets.get(key_of_data(config))  # if it was wanted already
     if data and record["data_sha256"] != data.sha256:
-        raise ValueError(f"{path} is of other images than those of {config['dataset']} now (their SHA-256 differs): put "
-                         f"those back, or train anew in another data folder")
+        raise ValueError(f"{path} is of other images than those of {config['dataset']} now (their SHA-256 differs): "
+                         f"put those back, or train anew in another data folder")
     best = path.with_name("best.safetensors")
     if kind != "result" and best.exists() and record["sha256"] != sha256_of(best):
         raise ValueError(

@@ -403,7 +403,8 @@ def check_model(
     "Whether the model is a function of one image with logits and gradients."
     logits, right = ask(still, x, batch_size), right if right.any() else torch.ones_like(right)
     return [check_deterministic(still, x, batch_size), check_batch(still, x, batch_size, kinds_in(still, x[:1])),
-            check_logits(logits), check_range(logits, y), check_gradients(still, x[right], y[right], threat, batch_size)]
+            check_logits(logits), check_range(logits, y),
+            check_gradients(still, x[right], y[right], threat, batch_size)]
 
 # %% ../nbs/64_sanity.ipynb #75cb531e
 def check_attacks(

@@ -325,7 +325,7 @@ def unwrapped(
     inside = "_orig_mod" if compiled else around.get(type(model))
     return unwrapped(getattr(model, inside)) if inside and not any(hooks_of(model)) else model
 
-
+# %% ../nbs/96_still.ipynb #96a00003
 def fixed_mode(
     module: nn.Module,
 ) -> bool:

@@ -369,8 +369,8 @@ def test_models_of_two_folders_have_neighbours_of_their_own(here):
         (here / name / "layers.py").write_text(f"who = {name!r}")
         (here / name / "models.py").write_text(
             "import pickle\nimport torch\nfrom layers import who\n\n\nclass Net(torch.nn.Linear):\n    pass\n\n\n"
-            "def net():\n    made = Net(1, 1)\n    made.who = who\n    assert pickle.loads(pickle.dumps(made)).who == who\n"
-            "    return made\n")
+            "def net():\n    made = Net(1, 1)\n    made.who = who\n"
+            "    assert pickle.loads(pickle.dumps(made)).who == who\n    return made\n")
     assert [import_model(f"{name}/models.py:net").who for name in "aba"] == ["a", "b", "a"]
 
 

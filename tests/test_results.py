@@ -136,7 +136,8 @@ def test_what_a_study_found_is_what_its_records_say(page):
     points = {run: f"{abs(row['difference']):.1f}" for run, row in steps.iterrows()}
     one = "… rows of one learned norm"
     assert min(adjusted, key=adjusted.get) == (one, "worst") and steps["high"][one, "clean"] < 0
-    assert f"costs {points[one, 'clean']} points of clean accuracy and {points[one, 'worst']} in the worst case" in prose
+    clean, worst = points[one, "clean"], points[one, "worst"]
+    assert f"costs {clean} points of clean accuracy and {worst} in the worst case" in prose
     undecided = {name for name, row in steps.iterrows() if row["low"] <= 0 <= row["high"]}
     assert undecided == {*steps.index} - {(one, "clean"), (one, "worst")}
     linear = differences(records, "dual-branch linear").set_index(["variant", "metric"])
