@@ -113,12 +113,16 @@ def forget_neighbours(
     folder: Path,  # of a file that is to be imported
 ):
     "Forget what files of other folders have imported from there: its neighbours may have the same names."
-    others = [other for other in _FOLDERS if other != folder]
+    others = {other for other in _FOLDERS if other != folder}
     _FOLDERS.append(folder)
-    for name, module in list(sys.modules.items()):
-        file, ours = getattr(module, "__file__", None), name in _LOADED or name.partition(".")[0] == "advdpnp"
-        if file and not ours and any(Path(file).resolve().is_relative_to(other) for other in others):
-            del sys.modules[name]
+    neighbours = set()
+    for name, module in sys.modules.items():
+        file = Path(getattr(module, "__file__", None) or "/")
+        place = file.parent.parent if file.stem == "__init__" else file.parent
+        if place in others and not {name, name.partition(".")[0]} & {"advdpnp", *_LOADED}:
+            neighbours.add(name.partition(".")[0])
+    for name in [name for name in sys.modules if name.partition(".")[0] in neighbours]:
+        del sys.modules[name]
 
 # %% ../nbs/78_cli.ipynb #78a00005
 def import_place(

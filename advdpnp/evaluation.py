@@ -458,7 +458,9 @@ def probed(
     plan: Plan,
 ) -> list:
     "What a model says of a few images with noise, and for how many of them it has no gradient."
-    n = min(8, plan.images, plan.batch_size)
+    n = min(8, plan.images, plan.batch_size) if plan.attacks else 0
+    if not n:
+        return []
     x, y = plan.loader(n).take(torch.arange(n))
     with own_randomness(x.device, 0):
         noisy = ThreatModel(0.1).start(x, ThreatModel(0.1).ball(x.shape, torch.Generator(x.device).manual_seed(0)))

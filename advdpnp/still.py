@@ -311,8 +311,9 @@ class NotCopied(TypeError):
 def hooks_of(
     model: nn.Module,
 ) -> list[int]:
-    "How many hooks of each kind a module has."
-    return [len(kept) for name, kept in vars(model).items() if name.endswith("_hooks") and isinstance(kept, dict)]
+    "How many hooks of each kind a module has, of those that change what it says or its gradients."
+    kinds = [f"_{way}{when}hooks" for way in ("forward", "backward") for when in ("_", "_pre_")]
+    return [len(vars(model).get(kind) or ()) for kind in kinds]
 
 
 def unwrapped(
