@@ -171,6 +171,22 @@ def test_what_is_said_of_overfitting_is_in_the_records(page):
     assert f"loses {-2 * found[0]['difference']:.1f} points less" in (ROOT / "nbs/figure4.ipynb").read_text()
 
 
+def test_what_is_said_of_many_classes_is_in_the_records(page):
+    *_, prose = page
+    found = [differences(json.loads((RESULTS / f"figure5-{task}.quick.json").read_text()), "dual-branch linear")
+             for task in ("classes", "groups", "tenth")]
+    ours = [rows[(rows["metric"] == "worst") & (rows["variant"] != "TRADES")].set_index("variant") for rows in found]
+    behind = pd.concat(ours)
+    assert len(behind) == 6 and (behind["difference"] < 0).all() and set(behind["seeds"]) == {3}
+    assert "prototypes are behind dual-branch linear in all six comparisons. One of these is clear" in prose
+    assert [list(rows.index[rows["adjusted"] < 0.05]) for rows in ours] == [["Adv-DPNP"], [], []]
+    said = f"by {-behind['difference'].max():.1f} to {-behind['difference'].min():.1f} points"
+    assert said in (ROOT / "nbs/figure5.ipynb").read_text()
+    clean = pd.concat([rows[(rows["metric"] == "clean")] for rows in found])
+    assert (clean["low"] < 0).all() and (clean["high"] > 0).all()
+    assert not list(RESULTS.glob("figure5-*.small.json")) and "CIFAR-100 has not been run" in prose
+
+
 def test_what_is_said_of_trust_and_new_classes_is_in_the_records(page):
     *_, prose = page
     rows = pd.read_csv(RESULTS / "figure6.small.csv").set_index(["variant", "metric"])
