@@ -28,7 +28,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 import advdpnp
-from .attacks import CW, FGSM, PGD, Ascent, Foreign, PrototypePGD, ThreatModel, all_logits, as_attack
+from .attacks import CW, FGSM, PGD, Ascent, Draws, Foreign, PrototypePGD, ThreatModel, all_logits, as_attack
 from .attacks import check_labels, cross_entropy, margin, on_logits, robust_to, seed_in
 from .core import as_text, differing, markdown, number, one_of, own_randomness, read_json, whole, write_json
 from .data import ROUNDING, Dataset, Loader, as_array, as_labels, channels_last, in_parts, lacking
@@ -456,18 +456,18 @@ def source_of(
 def probed(
     still: nn.Module,  # a `Still`
     plan: Plan,
-) -> list:
+) -> tuple:  # empty if there are no attacks
     "What a model says of a few images with noise, and for how many of them it has no gradient."
     n = min(8, plan.images, plan.batch_size) if plan.attacks else 0
     if not n:
-        return []
+        return ()
     x, y = plan.loader(n).take(torch.arange(n))
     with own_randomness(x.device, 0):
-        noisy = ThreatModel(0.1).start(x, ThreatModel(0.1).ball(x.shape, torch.Generator(x.device).manual_seed(0)))
+        noisy = Draws(0, torch.arange(n), x.device).start(ThreatModel(0.1), x)
         ascent = Ascent(still, on_logits(cross_entropy), x, y, noisy)
         logits, _ = ascent.look()
     flat = int((ascent.gradient.flatten(1).abs().amax(1) == 0).sum())
-    return [hashlib.sha256(logits.cpu().contiguous().numpy()).hexdigest(), flat]
+    return hashlib.sha256(logits.cpu().contiguous().numpy()).hexdigest(), flat
 
 # %% ../nbs/60_evaluation.ipynb #eb8836c9
 @patch
@@ -481,7 +481,7 @@ def settings(self: Plan) -> list[dict]:
 def key(
     self: Plan,
     logits: torch.Tensor,  # (N, K) of the model, on the CPU
-    probe: list = (),  # from `probed`
+    probe: tuple = (),  # from `probed`
 ) -> dict:
     "What decides the verdicts, as JSON gives it back."
     said = hashlib.sha256(logits.contiguous().numpy()).hexdigest()
