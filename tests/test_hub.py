@@ -1,9 +1,12 @@
 "The networks in the repository are what their cards say, and what cannot be published is refused."
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import advdpnp.hub
 from advdpnp.core import read_json, sha256_of, write_json
 from advdpnp.data import averaged, load_dataset
 from advdpnp.evaluation import accuracy
@@ -53,6 +56,15 @@ def test_a_network_is_as_accurate_as_its_record_says(name, packed):
     assert len(found["clean"]) == IMAGES
     for metric in ("clean", "pgd20"):
         assert abs(accuracy(found[metric])["accuracy"] - said["measured"][metric]["accuracy"]) <= 0.5
+
+
+def test_images_of_every_class_are_measured_where_they_are_sorted(digits, net, monkeypatch):
+    order = np.argsort(digits.y_test, kind="stable")
+    data, seen = dataclasses.replace(digits, x_test=digits.x_test[order], y_test=digits.y_test[order]), []
+    monkeypatch.setattr(advdpnp.hub, "IMAGES", 50)
+    monkeypatch.setattr(advdpnp.hub, "correct", lambda net, loader: seen.append(loader.y) or loader.y > 99)
+    remeasured(net, data, dict(eps=0.1, eval_step_size=0.1))
+    assert seen[0].bincount().tolist() == [5] * 10
 
 
 def test_what_is_not_finished_not_ours_or_taken_is_not_published(tmp_path):
