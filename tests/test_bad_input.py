@@ -155,7 +155,7 @@ def net(classes=10):
 
 
 def trainer(data=None, model=None, **settings):
-    return Trainer(model or net(), AdvDPNP(eps=0.2), data or digits(), device="cpu", **settings)
+    return Trainer(net() if model is None else model, AdvDPNP(eps=0.2), data or digits(), device="cpu", **settings)
 
 
 def config(method="TRADES", preset="quick", **changes):
@@ -240,6 +240,7 @@ FUNCTIONS = [
     wrong(lambda: trainer(epochs=0), "epochs is 0, .*: expected at least"),
     wrong(lambda: trainer(val_size=3), "cannot hold 3 of 1297 images out: expected 10 to 1287"),
     wrong(lambda: trainer(model=net(7)), "the network has 7 classes, digits has 10"),
+    wrong(lambda: trainer(model=torch.compile(net(), backend="eager")), "the network is OptimizedModule: expected"),
     wrong(lambda: evaluate(net(), digits(), [PGD(0.1), PGD(0.2)]), "attacks named pgd20, pgd20: expected different"),
     wrong(lambda: evaluate(net(), digits(), images=0), "images is 0: expected at least 1"),
     wrong(lambda: evaluate(net(), digits(), [PGD(0.1)], limits={"pgd": 3}), "unknown attack with a limit 'pgd'"),

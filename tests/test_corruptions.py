@@ -585,3 +585,17 @@ def test_accuracy_stops_when_time_is_up(tmp_path):
     corrupted = corrupted_images(in_pieces(20, (8, 8, 3)), tmp_path, ["contrast"], quiet=True)
     with pytest.raises(TimeoutError, match="time is up before contrast"):
         corruption_accuracy(Shade(), corrupted, quiet=True, deadline=0)
+
+
+def test_of_one_image_nothing_is_known_of_others(tmp_path):
+    corrupted = corrupted_images(in_pieces(1, (8, 8, 3)), tmp_path, ["contrast"], quiet=True)
+    found = corruption_accuracy(Shade(), corrupted, quiet=True)
+    assert (found["low"], found["high"], found["n"]) == (0, 100, 1)
+
+
+def test_few_images_of_sorted_data_are_of_every_class(digits, tmp_path):
+    order = np.argsort(digits.y_test, kind="stable")
+    data = replace(digits, x_test=digits.x_test[order], y_test=digits.y_test[order])
+    few = corrupted_images(data, tmp_path, ["contrast"], images=40, quiet=True)
+    assert np.bincount(few.dataset.y_test).tolist() == [4] * 10
+    assert np.array_equal(few.at("contrast", 3).y_test, few.dataset.y_test)

@@ -294,3 +294,9 @@ def test_the_record_has_the_names_that_tables_and_pictures_read(any_net, digits)
     assert [*pictures] == ["cosines", "labels", "anchored", "clean", "attacked", "prototypes", "distances"]
     assert {state: [*sides] for state, sides in pictures["distances"].items()} == dict(clean=["own", "rival"],
                                                                                      attacked=["own", "rival"])
+
+
+def test_a_network_that_is_wrapped_is_measured(any_net, digits):
+    loader = Loader(digits.x_test[:60], digits.y_test[:60], 60)
+    wrapped, plain = (geometry(net, loader, PGD(0.1, steps=1)) for net in (torch.nn.DataParallel(any_net), any_net))
+    assert wrapped["clean"] == plain["clean"]
