@@ -191,21 +191,25 @@ def test_what_is_said_of_trust_and_new_classes_is_in_the_records(page):
     *_, prose = page
     rows = pd.read_csv(RESULTS / "figure6.small.csv").set_index(["variant", "metric"])
     networks = {name.split(": ")[0] for name, metric in rows.index if metric == "fooled"}
-    assert len(networks) == 3 and {*rows["seeds"]} == {1}
+    assert len(networks) == 3 and {*rows["seeds"]} == {3} and "with three seeds each" in prose
     for network in networks:
         for task in ("wrong", "attacked"):
             scores = {name: r["value"] for (name, metric), r in rows.iterrows()
                       if name.startswith(f"{network}: ") and metric == task}
             assert max(scores, key=scores.get) == f"{network}: softmax"
             assert scores[f"{network}: class mean"] < 52
-            ours = rows.loc[("Adv-DPNP: softmax", task)]
+            ours = rows.loc[(f"{network}: softmax", task)]
             assert ours["low"] <= 0 <= ours["high"]
         for name, metric in rows.index:
             assert metric != "fooled" or 70 < rows.loc[(name, metric), "value"] < 80
-    both = [rows.loc[(f"{name}: softmax", "foreign")] for name in ("Adv-DPNP", "Adv-DPNP, features only")]
-    behind = [-r["difference"] for r in both]
-    assert all(r["high"] < 0 for r in both)
-    assert f"by {behind[0]:.1f} and {behind[1]:.1f} points." in prose
+    ahead = [rows.loc[(f"{network}: prototype", task), "difference"] for network in networks - {"dual-branch linear"}
+             for task in ("wrong", "attacked")]
+    assert f"is {min(ahead):.0f} to {max(ahead):.0f} points better than that to the nearest class mean" in prose
+    foreign = rows.xs("foreign", level=1)
+    assert foreign["value"].idxmax() == "dual-branch linear: softmax"
+    assert all(r["low"] <= 0 for name, r in foreign.iterrows() if name.endswith(": prototype"))
+    third = foreign.loc["Adv-DPNP, features only: softmax"]
+    assert third["high"] < 0 and f"is {-third['difference']:.1f} points behind it" in prose
     ece = [rows.loc[(name, "ECE"), "value"] for name in ("dual-branch linear", "Adv-DPNP", "Adv-DPNP, features only")]
     assert (f"{ece[0]:.1f}% for the linear layer, {ece[1]:.1f}% for Adv-DPNP and {ece[2]:.1f}% for the third" in prose)
     new = [(metric, r) for (name, metric), r in rows.iterrows() if ", mean" in metric and name != "dual-branch linear"]

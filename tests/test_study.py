@@ -59,7 +59,7 @@ def test_parts_that_cannot_be(compared, trained):
 def test_an_interrupted_run_gives_the_same_record(study, tmp_path):
     whole = study.run("first", 0)
     again, tries = dataclasses.replace(study, data_dir=tmp_path / "again"), 0
-    while not (found := again.run("first", 0, deadline=time.monotonic() + 0.4 + 0.05 * tries)):
+    while not (found := again.run("first", 0, deadline=time.monotonic() + 0.05 * (tries + 1))):
         tries += 1
         assert tries < 100
     assert tries and same_numbers(found, whole)
