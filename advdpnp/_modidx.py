@@ -146,6 +146,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                              'advdpnp.cli.run_step': ('cli.html#run_step', 'advdpnp/cli.py'),
                              'advdpnp.cli.run_together': ('cli.html#run_together', 'advdpnp/cli.py'),
                              'advdpnp.cli.runs': ('cli.html#runs', 'advdpnp/cli.py'),
+                             'advdpnp.cli.say': ('cli.html#say', 'advdpnp/cli.py'),
                              'advdpnp.cli.say_data': ('cli.html#say_data', 'advdpnp/cli.py'),
                              'advdpnp.cli.say_version': ('cli.html#say_version', 'advdpnp/cli.py'),
                              'advdpnp.cli.shard_files': ('cli.html#shard_files', 'advdpnp/cli.py'),

@@ -345,10 +345,11 @@ class Attack:
         with own_randomness(x.device, self.seed), held_still(model, x) as still:
             with torch.no_grad():
                 check_labels(y, logits_of(still, x[:1]).shape[1])
-            if x.dtype not in (torch.float16, torch.bfloat16):
-                return self.perturb(still, x, y, Draws(self.seed, range(len(x)), x.device))
-            still.takes = still.takes or x.dtype  # eps is small beside what these types can tell apart
-            return narrowed(self.perturb(still, x.float(), y, Draws(self.seed, range(len(x)), x.device)), x)
+            wide, draws = x, Draws(self.seed, range(len(x)), x.device)
+            if half := x.dtype in (torch.float16, torch.bfloat16):  # eps is small beside what these can tell apart
+                wide, still.takes = x.float(), still.takes or x.dtype
+            found = self.perturb(still, wide, y, draws)
+            return narrowed(found, x) if half else found
 
 # %% ../nbs/30_attacks.ipynb #69aabc11
 @dataclass(frozen=True)

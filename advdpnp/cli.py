@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'others_code', 'forget_neighbours', 'import_place',
            'find_function', 'needed_arguments', 'import_model', 'write_anything', 'as_typed', 'plain_errors', 'show',
-           'say_version', 'main', 'examples', 'open_model', 'open_images', 'say_data', 'find_budget', 'choose_attacks',
-           'record_path', 'check_request', 'measure_model', 'write_robustbench', 'write_report', 'opened', 'Shard',
-           'Whole', 'shard_files', 'claim_shards', 'in_shards', 'in_jobs', 'record_of', 'evaluate_command', 'data_of',
-           'new_file', 'report_command', 'compare_command', 'run_together', 'train', 'runs', 'parse_jobs', 'show_bill',
-           'table', 'publish', 'run_notebook', 'notebook', 'command_of', 'nothing_to_do', 'end', 'run_step',
-           'work_through', 'tables_of', 'numbers', 'doctor']
+           'say_version', 'main', 'examples', 'open_model', 'open_images', 'say', 'say_data', 'find_budget',
+           'choose_attacks', 'record_path', 'check_request', 'measure_model', 'write_robustbench', 'write_report',
+           'opened', 'Shard', 'Whole', 'shard_files', 'claim_shards', 'in_shards', 'in_jobs', 'record_of',
+           'evaluate_command', 'data_of', 'new_file', 'report_command', 'compare_command', 'run_together', 'train',
+           'runs', 'parse_jobs', 'show_bill', 'table', 'publish', 'run_notebook', 'notebook', 'command_of',
+           'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of', 'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
 import difflib
@@ -295,10 +295,15 @@ def open_images(
     return averaged(load_dataset(name or config["dataset"], data_dir), config.get("side"))
 
 # %% ../nbs/78_cli.ipynb #80691411
+def say(text: str):
+    "Print a line with names of somebody else's, which may hold what moves the cursor."
+    typer.echo("".join(c if c.isprintable() else "?" for c in text))
+
+
 def say_data(dataset):
-    "Print what a data set holds; names of files and classes may hold anything."
+    "Print what a data set holds."
     for line in dataset.about:
-        typer.echo("".join(c if c.isprintable() else "�" for c in line))
+        say(line)
 
 # %% ../nbs/78_cli.ipynb #b1709fd2
 def find_budget(
@@ -766,7 +771,7 @@ def runs(data_dir: _DataDir = Path("data"), cancel: _Cancel = False):
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         text = "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip()
-        typer.echo("".join(c if c.isprintable() else "?" for c in text))  # a name may hold what moves the cursor
+        say(text)
     if not lines:
         typer.echo(f"no runs in {data_dir / 'runs'}")
 

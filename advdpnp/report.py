@@ -816,10 +816,9 @@ def matrix_panels(subjects: list[Subject], s: Subject) -> list[Panel]:
 # %% ../nbs/77_report.ipynb #7c902380
 def class_section(subjects: list[Subject], most: int = 40) -> Section | None:
     "Accuracy of each class, and what attacked images are taken for."
-    section, shown = Section("Classes"), [s for s in subjects if s.right and s.data]
-    order = [*dict.fromkeys(row["name"] for s in shown for row in by_class(s))]  # that of the first model, for all
-    for s in shown:
-        rows = by_class(s)
+    section, found = Section("Classes"), [(s, by_class(s)) for s in subjects if s.right and s.data]
+    order = [*dict.fromkeys(row["name"] for _, rows in found for row in rows)]  # that of the first model, for all
+    for s, rows in found:
         rows.sort(key=lambda row: order.index(row["name"]))
         ends = rows if len(rows) <= most else rows[: most // 2] + rows[-(most // 2):]
         if len(rows) > most:

@@ -399,10 +399,11 @@ def check_model(
     right: torch.Tensor,  # (B,) bool: which are classified correctly
     threat: ThreatModel,
     batch_size: int = 500,
+    kinds: tuple = (),  # from `kinds_in`
 ) -> list[dict]:  # outcomes
     "Whether the model is a function of one image with logits and gradients."
     logits, right = ask(still, x, batch_size), right if right.any() else torch.ones_like(right)
-    return [check_deterministic(still, x, batch_size), check_batch(still, x, batch_size, kinds_in(still, x[:1])),
+    return [check_deterministic(still, x, batch_size), check_batch(still, x, batch_size, kinds),
             check_logits(logits), check_range(logits, y),
             check_gradients(still, x[right], y[right], threat, batch_size)]
 
@@ -434,8 +435,9 @@ def sanity(
     budgets = sorted({min(attack.eps * factor, grey) for factor in (0.25, 0.5, 1, 1.5, 2)} | {grey})
     checks = [check_mode(model)]  # before it is held still
     with full_precision(), own_randomness(x.device, 0), held_still(model, x[:size]) as still:
-        checks.append(check_precision(kinds_in(still, x[:1]), mixed))
-        checks += check_model(still, x, y, verdicts["clean"].to(x.device), threat, size)
+        kinds = kinds_in(still, x[:1])
+        checks.append(check_precision(kinds, mixed))
+        checks += check_model(still, x, y, verdicts["clean"].to(x.device), threat, size, kinds)
         checks += check_attacks(accuracies(still, loader, verdicts, attack, twin), n)
         path = climb(still, x, y, replace(attack, steps=2 * attack.steps), size)
         curve = robustness_curve(still, loader, attack, budgets)
