@@ -213,6 +213,8 @@ def plain_errors():
     try:
         with sigterm_is_ctrl_c():
             yield
+    except BrokenPipeError:  # such as of `| head`: click ends the command without a word
+        raise
     # AssertionError: timm asserts that images have the size of a model
     except (ValueError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
         typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,6 +307,14 @@ def test_what_a_user_can_mend_is_said_in_a_line(error, code, capsys):
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(KeyError), plain_errors():
         {}["nothing"]
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = [sys.executable, "-m", "advdpnp", "numbers", "small", "--plan"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          cwd=Path(__file__).parent.parent) as done:
+        done.stdout.close()  # as `| head` does
+        assert done.stderr.read() == ""
 
 
 def test_a_notebook_that_is_not_there_is_a_mistake_in_the_command(here):
