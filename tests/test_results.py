@@ -53,15 +53,22 @@ def test_findings_are_those_of_the_records(page):
     first = accuracies(records("table1.small"))
     mart, trades = (apart(first, "clean", method) for method in ("MART", "TRADES"))
     assert better(mart) and undecided(trades)
-    assert f"**Than MART's, by {mart[0]:.1f} points.**" in prose
+    assert f"**Than MART's, by {mart[0]:.1f} points at the best epoch" in prose
     assert all(undecided(apart(first, "clean", method)) for method in ("PGD-AT", "dual-branch linear"))
-    last = accuracies(records("table1.small"), "last")
+    last, readme = accuracies(records("table1.small"), "last"), (ROOT / "README.md").read_text().replace("−", "-")
+    ahead, behind = apart(last, "clean", "PGD-AT"), apart(last, "clean", "dual-branch linear")
+    assert (f"at the last epoch than PGD-AT's, too, by {ahead[0]:.1f}.** There dual-branch linear is "
+            f"{-behind[0]:.1f} points ahead.") in prose
     assert better(apart(last, "clean", "PGD-AT")) and worse(apart(last, "clean", "dual-branch linear"))
     linear, trades = ([apart(last, name, method) for name in ("clean", "cw", "pgd20")]
                       for method in ("dual-branch linear", "TRADES"))
     assert worse(linear[0]) and better(linear[1]) and all(map(undecided, trades))
     assert (f"is {-linear[0][0]:.1f} points better on clean images and {linear[1][0]:.1f} points worse under C&W. "
-            "From TRADES no difference is seen.") in prose
+            f"PGD-AT is {ahead[0]:.1f} points worse on clean images") in prose
+    lost = apart(last, "cw", "PGD-AT")
+    assert worse(lost) and f"and {-lost[0]:.1f} points better under C&W. From TRADES no difference is dec" in prose
+    assert f"clean {ahead[0]:.1f} points higher, C&W {-lost[0]:.1f} lower" in readme
+    assert f"at the last epoch clean {trades[0][0]:+.1f}, C&W {trades[1][0]:+.1f}; at the best" in readme
     spread = {which: accuracies(records("table1.small"), which).groupby("method")[["clean", "cw"]].std()
               for which in ("best", "last")}
     means = {which: accuracies(records("table1.small"), which).groupby("method")[["clean", "cw"]].mean()
@@ -76,12 +83,15 @@ def test_findings_are_those_of_the_records(page):
     assert f"In {len(early)} of {len(runs)} runs" in prose and f"is up to {lost:.1f} points lower" in prose
     attacked = apart(first, "autoattack", "TRADES")
     assert undecided(attacked) and f"Under AutoAttack TRADES is {-attacked[0]:.1f} points ahead" in prose
+    assert f"AutoAttack {attacked[0]:+.1f}; all undecided" in readme
     assert better(apart(first, "pgd20", "dual-branch linear")) and worse(apart(first, "pgd20", "MART"))
     assert all(undecided(apart(first, "autoattack", method)) for method in adversarial[:-1])
 
     corrupted = corruption_rows(records("table4.small"))
     ahead = apart(corrupted, "mean", "standard")
-    assert worse(ahead) and f"undefended networks are {-ahead[0]:.0f} points better" in prose
+    assert worse(ahead) and f"undefended networks are {-ahead[0]:.0f} points better,** about as far as on" in prose
+    assert f"undefended networks are {-ahead[0]:.0f} points ahead" in readme
+    assert abs(ahead[0] - apart(first, "clean", "standard")[0]) < 2
     assert all(better(apart(corrupted, "mean", method)) for method in ("PGD-AT", "MART"))
     assert all(undecided(apart(corrupted, "mean", method)) for method in ("TRADES", "dual-branch linear"))
 
@@ -90,6 +100,11 @@ def test_findings_are_those_of_the_records(page):
              for name in ("clean_fisher", "clean_silhouette", "means_smallest")}
     assert [*ahead.values()] == [["TRADES", "MART", "dual-branch linear"], ["MART"], ["MART"]]
     assert not any(worse(apart(features, "clean_silhouette", method)) for method in adversarial[:-1])
+    index = {method: apart(features, "clean_davies_bouldin", method) for method in adversarial[:-1]}  # less is better
+    assert [method for method in index if better(index[method])] == ["PGD-AT", "TRADES"]
+    assert not any(map(worse, index.values()))
+    nearest = [apart(features, "means_smallest", method)[0] for method in ("MART", "TRADES")]
+    assert [round(degrees) for degrees in nearest] == [1, -4] and "one degree further apart than MART" in prose
 
     rows = {r["method"]: r["best"]["metrics"] for r in records("table6.small")}
     change = lambda row, metric: over_images(rows[row][metric], rows["Adv-DPNP"][metric])
@@ -104,7 +119,11 @@ def test_findings_are_those_of_the_records(page):
     behind = over_images(*(more_classes[method]["pgd20"] for method in ("Adv-DPNP", "dual-branch linear")))
     assert worse(behind) and f"Under PGD-20 it is {-behind[0]:.1f} points behind dual-branch linear." in prose
     behind = over_images(*(numbers[method]["autoattack"] for method in ("Adv-DPNP", "TRADES")))
-    assert worse(behind) and f"**No: TRADES is {-behind[0]:.1f} points better under AutoAttack,**" in prose
+    assert worse(behind) and f"**No: TRADES is {-behind[0]:.1f} points better under AutoAttack;**" in prose
+    assert undecided(over_images(*(numbers[method]["clean"] for method in ("Adv-DPNP", "TRADES"))))
+    assert undecided(over_images(*(numbers[method]["autoattack"] for method in ("Adv-DPNP", "dual-branch linear"))))
+    ahead = over_images(*(numbers[method]["clean"] for method in ("Adv-DPNP", "dual-branch linear")))
+    assert worse(ahead) and f"Dual-branch linear is {-ahead[0]:.1f} points better on clean images; under Auto" in prose
 
 
 def test_what_is_said_of_records_holds(page):
@@ -204,14 +223,23 @@ def test_what_is_said_of_trust_and_new_classes_is_in_the_records(page):
             assert metric != "fooled" or 70 < rows.loc[(name, metric), "value"] < 80
     ahead = [rows.loc[(f"{network}: prototype", task), "difference"] for network in networks - {"dual-branch linear"}
              for task in ("wrong", "attacked")]
-    assert f"is {min(ahead):.0f} to {max(ahead):.0f} points better than that to the nearest class mean" in prose
+    assert f"is {min(ahead):.0f} to {max(ahead):.0f} points better than that to the linear layer's nearest" in prose
     foreign = rows.xs("foreign", level=1)
     assert foreign["value"].idxmax() == "dual-branch linear: softmax"
     assert all(r["low"] <= 0 for name, r in foreign.iterrows() if name.endswith(": prototype"))
-    third = foreign.loc["Adv-DPNP, features only: softmax"]
-    assert third["high"] < 0 and f"is {-third['difference']:.1f} points behind it" in prose
+    others = rows[[metric in ("wrong", "attacked", "foreign", "fooled") and not name.startswith("dual")
+                   for name, metric in rows.index]]
+    clear = others[[p < 0.05 for p in holm(others["p"])]]
+    assert len(others) == 32 and {(name.endswith(": prototype"), metric) for name, metric in clear.index} == {
+        (True, "wrong"), (True, "attacked")} and len(clear) == 4 and (clear["difference"] > 0).all()
     ece = [rows.loc[(name, "ECE"), "value"] for name in ("dual-branch linear", "Adv-DPNP", "Adv-DPNP, features only")]
     assert (f"{ece[0]:.1f}% for the linear layer, {ece[1]:.1f}% for Adv-DPNP and {ece[2]:.1f}% for the third" in prose)
+    attacked = rows.loc[("Adv-DPNP, features only", "ECE, attacked")]
+    assert attacked["adjusted"] > 0.05 and f"that of the third network is {-attacked['difference']:.1f} points" in prose
     new = [(metric, r) for (name, metric), r in rows.iterrows() if ", mean" in metric and name != "dual-branch linear"]
     under = [r for metric, r in new if metric.endswith(", mean, PGD")]
     assert not any(r["low"] > 0 for _, r in new) and len(under) == 12 and sum(r["high"] < 0 for r in under) == 8
+    below = [(name, metric.split(",")[0]) for (name, metric), r in rows.iterrows()
+             if metric.endswith(", mean, PGD") and name != "dual-branch linear" and r["high"] < 0]
+    assert below.count(("Adv-DPNP", "nearest mean")) == 3 and below.count(("Adv-DPNP", "one more row")) == 0
+    assert sum(name != "Adv-DPNP" for name, _ in below) == 5 and "five of the third network's six" in prose
