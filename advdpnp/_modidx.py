@@ -1007,4 +1007,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                                   'advdpnp.training.record': ('training.html#record', 'advdpnp/training.py'),
                                   'advdpnp.training.save_best': ('training.html#save_best', 'advdpnp/training.py'),
                                   'advdpnp.training.save_checkpoint': ('training.html#save_checkpoint', 'advdpnp/training.py'),
+                                  'advdpnp.training.structure_of': ('training.html#structure_of', 'advdpnp/training.py'),
                                   'advdpnp.training.write_history': ('training.html#write_history', 'advdpnp/training.py')}}}

@@ -36,7 +36,7 @@ def spread(
     rest = ((d - per_image - per_seed[:, None] + d.mean()) ** 2).sum() / ((s - 1) * (n - 1)) / (s * n)
     total = max(images + seeds - rest, images, seeds)
     freedom = total**2 / (images**2 / (n - 1) + seeds**2 / (s - 1) + rest**2 / ((s - 1) * (n - 1)))
-    return float(total), float(freedom)
+    return float(total), float(freedom) if s > 2 else 1.0
 
 # %% ../nbs/69_comparison.ipynb #69a00012
 def mcnemar(
@@ -89,11 +89,14 @@ def seen_in(
         counts, conditions = counts_in(record).numpy(), sum(map(len, record["accuracy"].values()))
         made = dict(source=record["source"], recipe=record.get("recipe"), corruptions=sorted(record["accuracy"]))
         return dict(corruptions=Seen(counts / conditions, images | made))
+    attacks = {name: metric["attack"] for name, metric in record.get("metrics", {}).items() if "attack" in metric}
+    budgets = sorted({(attack.get("norm"), attack["eps"]) for attack in attacks.values()})
     found = {}
     for name, verdicts in verdicts_in(record).items():
-        attack = record.get("metrics", {}).get(name, {}).get("attack", {})
-        attack = {key: value for key, value in attack.items() if key not in ("seed", "name")}
-        found[name] = Seen(verdicts.numpy(), images | dict(attack=attack))
+        attack = attacks.get(name, {})
+        about = {key: value for key, value in attack.items() if key not in ("seed", "name", "images")}
+        worst = dict(budgets=budgets) if name == "worst" else {}
+        found[name] = Seen(verdicts.numpy(), images | worst | dict(attack=about))
     return found
 
 # %% ../nbs/69_comparison.ipynb #69a00024
@@ -103,7 +106,10 @@ def by_seed(
 ) -> dict[int, dict]:  # seed to what is seen
     "What the records of one model say, seed by seed."
     records = [records] if isinstance(records, dict) else records
-    return {r["seed"] if "config" in r else i: seen_in(r[which] if which in r else r) for i, r in enumerate(records)}
+    found = {r["seed"] if "config" in r else i: seen_in(r[which] if which in r else r) for i, r in enumerate(records)}
+    if len(found) < len(records):
+        raise ValueError("two records are of the same seed: expected one of each")
+    return found
 
 # %% ../nbs/69_comparison.ipynb #69a00027
 def matched(

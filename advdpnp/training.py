@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'one_cycle', 'drops', 'perturbed', 'move_average', 'Loss', 'attacked_copy', 'Step', 'in_the_way',
            'Watched', 'has_graphs', 'aside', 'record', 'Recorded', 'save_best', 'best_weights', 'write_history',
-           'place_best', 'save_checkpoint', 'check_stored', 'load_state', 'check_finite', 'Trainer', 'learns_nothing',
-           'Curves']
+           'place_best', 'save_checkpoint', 'check_stored', 'load_state', 'check_finite', 'Trainer', 'structure_of',
+           'learns_nothing', 'Curves']
 
 # %% ../nbs/50_training.ipynb #99934a07
 import dataclasses
@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import time
 import warnings
@@ -159,6 +160,7 @@ _INDEXING = torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index
 def in_the_way(
     operation,  # of PyTorch, such as `torch.ops.aten.add.Tensor`
     args: tuple,  # that it is given
+    result,  # what it gives
 ) -> str | None:
     "Why a CUDA graph cannot hold an operation; None if it can."
     if torch.Tag.nondeterministic_seeded in operation.tags:
@@ -168,6 +170,8 @@ def in_the_way(
     sized = torch.Tag.dynamic_output_shape in operation.tags and not indexing
     if torch.Tag.data_dependent_output in operation.tags or sized or indexing and by_mask:
         return f"{operation} reads numbers from the device"
+    if len({value.device.type for value in tree_leaves((args, result)) if torch.is_tensor(value) and value.ndim}) > 1:
+        return f"{operation} moves numbers from one device to another"
 
 
 class Watched(TorchDispatchMode):
@@ -178,8 +182,9 @@ class Watched(TorchDispatchMode):
         self.why = None
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.why = self.why or in_the_way(operation, args)
-        return operation(*args, **(kwargs or {}))
+        result = operation(*args, **(kwargs or {}))
+        self.why = self.why or in_the_way(operation, args, result)
+        return result
 
 # %% ../nbs/50_training.ipynb #6906e5b0
 def has_graphs(device: torch.device) -> bool:
@@ -202,9 +207,13 @@ def record(
     parameters: list,  # in whose `grad`
 ):  # () to the same tensors, with new values
     "A CUDA graph of what `run()` does: nothing is done now, and the same each time that it is called."
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may load batches meanwhile
+            result = run()
+    except BaseException:
+        torch.cuda.set_stream(before)  # where a recording fails, PyTorch leaves its own stream in place
+        raise
     gradients = [parameter.grad for parameter in parameters]
 
     def again():
@@ -223,6 +232,7 @@ class Recorded:
 
     def __init__(self, step: Step, device: torch.device):
         self.step, self.calls, self.again = step, 0, None
+        self.seen = None  # the shape of the batch before
         self.why = None  # why the step is not recorded; None: it is, or will be
         if not has_graphs(device):
             self.why = f"a {device.type} runs it as it is"
@@ -280,7 +290,8 @@ def _replay(self: Recorded, x, y, noise):
 @patch
 def __call__(self: Recorded, x, y, noise):
     "The loss of a batch, and its terms; gradients are in `p.grad`."
-    if self.why or self.calls < self.first:
+    before, self.seen = self.seen, x.shape
+    if self.why or self.calls < self.first or self.again is None and x.shape != before:
         return self._as_it_is(x, y, noise)
     if self.again is None or self.where != self.places():  # tensors that were replaced are not in the recording
         self._record(x, y, noise)
@@ -551,13 +562,21 @@ def _claim(self: Trainer):
         wait_for_all()
     self.resume()
 
+# %% ../nbs/50_training.ipynb #5tr0c7u1
+def structure_of(
+    net,  # a `Classifier`
+) -> str:
+    "What a network is made of, and how it normalises images: two that differ cannot share a run."
+    layers = re.sub(r" at 0x[0-9a-f]+", "", repr(net)).replace("SyncBatchNorm", "BatchNorm2d")  # of several processes
+    return f"{layers} mean {net.mean.flatten().tolist()} std {net.std.flatten().tolist()}"
+
 # %% ../nbs/50_training.ipynb #b46f5bf8
 @patch
 def state(self: Trainer) -> dict:
     "What it takes to go on: the tensors themselves, not copies."
     return {name: getattr(self, name) for name in _PLACE} | {
-        "sums": {name: float(value) for name, value in self.sums.items()}, "weights": self.net.state_dict(),
-        "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict() if self.average else None}
+        "structure": structure_of(self.net), "sums": {name: float(value) for name, value in self.sums.items()},
+        "weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict() if self.average else None}
 
 # %% ../nbs/50_training.ipynb #1ae65562
 @patch
@@ -570,6 +589,9 @@ def resume(self: Trainer):
     best = state["best"]
     if best and "weights" not in best:  # older states hold them
         best["weights"] = best_weights(self.folder, best["sha256"])
+    if state.get("structure", structure_of(self.net)) != structure_of(self.net):  # older states do not have it
+        raise ValueError(f"{self.folder} holds a run of another network: its layers, mean or std differ from those of "
+                         f"this one. Choose another folder, or move that one away")
     try:
         self.net.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -49,7 +49,8 @@ def truth(better, effect):
 @pytest.mark.parametrize("seeds, images, effect, better, most", [
     (1, 1000, 0.0, 0.0, 0.98), (1, 1000, 0.0, 0.3, 0.98), (1, 64, 0.0, 0.0, 0.98), (1, 64, 0.0, 0.5, 0.98),
     (3, 1000, 0.1, 0.3, 0.98), (3, 64, 0.3, 0.0, 0.98),
-    (3, 1000, 0.0, 0.0, 0.995), (3, 64, 0.1, 0.0, 0.995)])  # where seeds hardly differ, three of them say so too late
+    (3, 1000, 0.0, 0.0, 0.995), (3, 64, 0.1, 0.0, 0.995),  # where seeds hardly differ, three of them say so too late
+    (2, 1000, 0.1, 0.3, 1), (2, 1000, 1.0, 0.3, 1)])
 def test_an_interval_holds_the_truth_as_often_as_it_says(seeds, images, effect, better, most):
     random, held, draws = np.random.default_rng(1), 0, 1500
     for _ in range(draws):
@@ -153,10 +154,13 @@ def test_a_pair_that_cannot_be_compared_leaves_the_others(runs):
     fewer["best"]["verdicts"] = " ".join(map(packed, seen.values()))
     for name, verdicts in seen.items():
         fewer["best"]["metrics"][name] |= dict(n=32, correct=int(verdicts.sum()))
+        fewer["best"]["metrics"][name].get("attack", {}).update(images=32)
     found = compare(dict(ours=alone, fewer=fewer, mart=others["MART"][0]), to="ours")
     assert {*found.rows.loc[found.rows["b"] == "fewer", "images"]} == {32}
     assert {*found.rows.loc[found.rows["b"] == "mart", "images"]} == counts
     assert f"Under clean, ours and fewer share 32 of {max(counts)} images." in found.notes
+    with pytest.raises(ValueError, match="two records are of the same seed"):
+        compare(dict(ours=[alone, alone], mart=others["MART"]))
     old = copy.deepcopy(others["TRADES"][0])
     del old["best"]["verdicts"]
     found = compare(dict(ours=alone, old=old, mart=others["MART"][0]), to="ours")
@@ -177,3 +181,16 @@ def test_files_that_are_no_records_are_refused(tmp_path):
     assert "expected two or more" in run(tmp_path / "one.json").stderr
     assert "unknown epoch" in run(TABLE, "--epoch", "first").stderr
     assert not [path for path in tmp_path.glob("*out*")]
+
+
+def test_worst_cases_of_other_budgets_are_not_compared(runs):
+    "Of other attacks, too: nothing but the worst case would tell."
+    ours, theirs = (copy.deepcopy(runs[name][0]) for name in ("PGD-AT", "TRADES"))
+    for metric in theirs["best"]["metrics"].values():
+        if "attack" in metric:
+            metric["attack"]["eps"] = 0.1
+    renamed = {f"my {name}" if "attack" in metric else name: metric
+               for name, metric in theirs["best"]["metrics"].items()}
+    theirs["best"]["metrics"] = renamed
+    with pytest.raises(ValueError, match="cannot be compared under worst: budgets"):
+        compare(dict(ours=ours, theirs=theirs))

@@ -22,7 +22,7 @@ from advdpnp.attacks import CW, FGSM, PGD
 from advdpnp.autoattack import AutoAttack
 from advdpnp.backbones import cifar_resnet8
 from advdpnp.core import seeded
-from advdpnp.data import Dataset, load_dataset
+from advdpnp.data import Dataset, load_dataset, to_float
 from advdpnp.methods import METHODS, PGDAT, AdvDPNP, Standard, make_net
 from advdpnp.prototypes import LinearNet, PrototypeNet
 from advdpnp.runs import Ledger, config_hash, make_config
@@ -365,6 +365,35 @@ def test_a_replayed_run_is_the_plain_run_to_the_bit(few, tmp_path, monkeypatch, 
     assert len(crafted) == 20 and all(torch.equal(one, other) for one, other in zip(images, crafted))
 
 
+def test_the_size_that_comes_again_is_recorded(few, monkeypatch):
+    "Here every fourth batch is smaller, so the first that could be recorded is."
+    replayed = replace_graphs(monkeypatch)
+    x, y = to_float(torch.from_numpy(few.x_train)), torch.from_numpy(few.y_train)
+    stream = [(x[:n], y[:n]) for n in (16, 16, 16, 7)]
+    torch.manual_seed(0)
+    t = Trainer(make_net("standard", small(), 10, few.mean, few.std), METHODS["standard"](), few, device="cpu", quiet=True,
+                stream=stream, epochs=4, val_attack=PGD(0.2, steps=1))
+    assert t.fit() and t.one_step.given[0].shape[0] == 16 and len(replayed) == 8
+
+
+@pytest.mark.parametrize("changes", [dict(std=(0.9,)), dict(last=nn.Tanh())], ids=["std", "layer"])
+def test_a_folder_goes_on_with_the_same_network_alone(few, tmp_path, changes):
+    "Neither is seen in names, shapes and number of the weights."
+    def start(std=few.std, last=nn.ReLU()):
+        torch.manual_seed(0)
+        backbone = nn.Sequential(nn.Conv2d(1, 4, 3), last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        backbone.num_features = 4
+        return Trainer(PrototypeNet(backbone, 10, mean=few.mean, std=std), METHODS["DPNP"](), few, device="cpu", quiet=True,
+                       epochs=2, batch_size=32, val_size=40, val_attack=PGD(0.2, steps=1), folder=tmp_path)
+
+    first = start()
+    first._late = lambda deadline: first.epoch == 1
+    assert not first.fit()
+    with pytest.raises(ValueError, match="holds a run of another network"):
+        start(**changes).fit()
+    assert start().fit()
+
+
 class Forgetful(nn.BatchNorm2d):
     "Averages over all batches: it reads how many there were."
 
@@ -372,11 +401,20 @@ class Forgetful(nn.BatchNorm2d):
         super().__init__(channels, momentum=None)
 
 
+class Elsewhere(nn.Module):
+    "Copies something to another device."
+
+    def forward(self, x):
+        x.detach().to("meta")
+        return x
+
+
 @pytest.mark.parametrize("part, why", [
     (nn.Dropout(0.1), "draws random numbers"),
     (Forgetful(16), "reads numbers"),
+    (Elsewhere(), "moves numbers"),
     (nn.Identity(), None),
-], ids=["dropout", "batch-norm without momentum", "plain"])
+], ids=["dropout", "batch-norm without momentum", "another device", "plain"])
 def test_a_step_that_draws_or_reads_is_run_as_it_is(few, stand_in, part, why):
     backbone = nn.Sequential(nn.Conv2d(1, 16, 3), part, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     backbone.num_features = 16
@@ -567,6 +605,25 @@ def test_a_gpu_never_waits_inside_an_epoch(digits):
             t.step(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Unfit(nn.Module):
+    "Waits for the device, which a recording cannot; nothing tells beforehand."
+
+    def forward(self, x):
+        torch.cuda.current_stream().synchronize()
+        return x
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_goes_on_where_a_recording_fails(digits):
+    backbone = nn.Sequential(nn.Conv2d(1, 16, 3), Unfit(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone.num_features = 16
+    t = trainer(digits, backbone=backbone)
+    t = Trainer(t.net, t.method, digits, epochs=2, batch_size=64, val_size=200, device="cuda", quiet=True)
+    with pytest.warns(UserWarning, match="run as it is, which is slower: recording failed"):
+        assert t.fit()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
