@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['device_name', 'seconds_of', 'records_on', 'usual_seconds', 'Item', 'item_of', 'bill', 'wall_seconds', 'as_hours',
-           'bill_text', 'parse_slurm', 'Slurm', 'as_cluster', 'stops_in_time', 'at_home', 'as_job', 'Task', 'Piece',
-           'piece_of', 'submit', 'jobs_that_have', 'look', 'wait_for', 'last_lines', 'failure', 'say_submitted',
-           'raise_lost', 'run_on', 'cancel']
+           'bill_text', 'as_parameter', 'parse_slurm', 'Slurm', 'as_cluster', 'stops_in_time', 'at_home', 'as_job',
+           'Task', 'Piece', 'piece_of', 'submit', 'jobs_that_have', 'look', 'wait_for', 'last_lines', 'failure',
+           'say_submitted', 'raise_lost', 'run_on', 'cancel']
 
 # %% ../nbs/71_cluster.ipynb #ce8a2c27
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -22,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 
 from .core import close_bar, markdown, one_of, pick_device, progress_bar, read_json, write_json
+from .methods import method_of
 from .runs import RECORDS, RESULTS, Ledger, called, claim, claims, do_step, owner, queue, status, this_job
 from .runs import title, usual_settings
 
@@ -69,8 +70,11 @@ def usual_seconds(
 ) -> float | None:
     "How long a run will be trained or measured, going by similar ones; None if there is none."
     keys = (*_ALIKE, *(_MEASURED_ALIKE if part else _TRAINED_ALIKE))
-    like = [r for r in records if all(r["config"][key] == config[key] for key in keys)]
-    like = [r for r in like if r["config"]["method"] == config["method"]] or like
+    keys += ("dataset",) * any(config[key] is None for key in keys if key.endswith("_images"))  # all that there are
+    like = [r for r in records if all(r["config"].get(key) == config[key] for key in keys)]
+    kind = method_of(config["method"]).adversarial
+    like = [r for r in like if r["config"]["method"] == config["method"]] or [
+        r for r in like if method_of(r["config"]["method"]).adversarial == kind]
     scale = lambda r: 1 if part else config["epochs"] / r["config"]["epochs"]
     found = [seconds_of(r)[part] * scale(r) for r in like if seconds_of(r)[part] is not None]
     return statistics.fmean(found) if found else None
@@ -155,12 +159,32 @@ def bill_text(
                                   f"training, {total('measuring')} of measuring. That takes at least {times} "
                                   "such devices."])
 
-# %% ../nbs/71_cluster.ipynb #77d7d5c4
-_GENERAL = ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes", "stderr_to_stdout")
-
-
+# %% ../nbs/71_cluster.ipynb #s1urm001
 _NUMBERS = "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes"
+_GENERAL = *_NUMBERS, "stderr_to_stdout"
+_ONE = "tasks_per_node", "ntasks_per_node", "nodes"
 _LISTS = "setup", "teardown", "srun_args"  # lines of a shell
+
+
+def as_parameter(
+    key: str,  # of submitit or `sbatch`
+    value: str,
+):
+    "The value of a parameter; a ValueError if it cannot be."
+    if key in _LISTS:
+        return shlex.split(value) if key == "srun_args" else [value]
+    plain = {"true": True, "false": False}.get(value.lower(), value)
+    if key in ("use_srun", "stderr_to_stdout") and type(plain) is not bool:
+        raise ValueError(f"slurm {key} is {value!r}: expected true or false")
+    if key in (*_NUMBERS, "signal_delay_s"):  # others stay as they are written, such as an account 0123
+        if not value.isdecimal():
+            raise ValueError(f"slurm {key} is {value!r}: expected a whole number")
+        plain = int(value)
+    if key in _ONE and str(plain) != "1":
+        raise ValueError(f"slurm {key} is {value!r}: expected 1, since a run is one process")
+    return plain
+
+# %% ../nbs/71_cluster.ipynb #77d7d5c4
 _NEXT = re.compile(r",(?=\s*\w+\s*=)")  # a value may have commas, such as exclude=node1,node2
 
 
@@ -174,14 +198,14 @@ def parse_slurm(
     known = {*_GENERAL, *SlurmExecutor._valid_parameters()} - {"time", "additional_parameters", "dependency",
                                                                "array_parallelism"}
     for text in filter(None, (part.strip() for text in texts for part in _NEXT.split(text))):
-        key, equals, value = (word.strip() for word in text.partition("="))
+        key, equals, value = (word.strip(" ,") for word in text.partition("="))
         if not equals or not value:
             raise ValueError(f"slurm is {text!r}: expected name=value, such as partition=gpu")
         one_of(key, sorted(known), "parameter of SLURM")
-        plain = {"true": True, "false": False}.get(value.lower(), int(value) if value.isdecimal() else value)
-        if key in _NUMBERS and type(plain) is not int:
-            raise ValueError(f"slurm {key} is {value!r}: expected a whole number")
-        found[key if key in _GENERAL else f"slurm_{key}"] = [value] if key in _LISTS else plain
+        name, plain = key if key in _GENERAL else f"slurm_{key}", as_parameter(key, value)
+        if name in found and key not in _LISTS:
+            raise ValueError(f"slurm {key} is given twice: {found[name]!r} and {value!r}")
+        found[name] = found.get(name, []) + plain if key in _LISTS else plain
     return found
 
 # %% ../nbs/71_cluster.ipynb #7743c86d
@@ -458,6 +482,9 @@ def cancel(data_dir: Path) -> list[str]:  # ids
     if any(job["state"] == "UNKNOWN" for job in jobs):
         raise RuntimeError("SLURM does not answer: expected a machine from which jobs are submitted")
     ids = [job["id"] for job in jobs if job["id"]]
-    if ids:
-        subprocess.run(["scancel", *ids], check=False)  # one that has just ended is no error
+    done = subprocess.run(["scancel", *ids], capture_output=True, text=True, check=False) if ids else None
+    if done and done.returncode:  # one that has just ended is no error
+        there = queue(now=True) or {}
+        if left := [job for job in ids if job in there and not there[job][0].startswith("COMPLETING")]:
+            raise RuntimeError(f"SLURM did not end {', '.join(left)}: {done.stderr.strip()}")
     return ids

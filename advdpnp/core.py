@@ -29,6 +29,7 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -232,7 +233,8 @@ def read_json(
 
 def as_json(value, **how) -> str:
     "A value as JSON, with numbers of any library."
-    return json.dumps(value, default=lambda it: number(it, "a value of a record"), **how)
+    plain = lambda it: bool(it) if isinstance(it, np.bool_) else number(it, "a value of a record")
+    return json.dumps(value, default=plain, **how)
 
 
 def write_json(
@@ -447,7 +449,7 @@ def own_randomness(
 # %% ../nbs/90_core.ipynb #3c8986d9
 def cores() -> int:
     "The processors that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return joblib.cpu_count()  # which knows of a container's share, too
 
 
 DEVICES = ("cpu", "cuda")  # what this package has been written for

@@ -9,8 +9,8 @@ __all__ = ['CORRUPTIONS', 'RED_GREEN_BLUE', 'STANDARD', 'GROUPS', 'BLOCK', 'PUBL
            'ridges', 'frosted_windows', 'frost', 'clouds', 'fog', 'brightness', 'contrast', 'skewed_places',
            'elastic_transform', 'as_pictures', 'pixelate', 'jpeg_compression', 'whole_numbers', 'check_photos',
            'corrupt', 'Published', 'md5_of', 'check_published', 'published_files', 'CorruptedImages', 'recipe_of',
-           'workers', 'at_all_severities', 'make_missing', 'corrupted_images', 'recognised', 'mean_and_interval',
-           'packed_counts', 'counts_in', 'corruption_accuracy']
+           'at_all_severities', 'make_missing', 'corrupted_images', 'recognised', 'mean_and_interval', 'packed_counts',
+           'counts_in', 'corruption_accuracy']
 
 # %% ../nbs/66_corruptions.ipynb #acc61872
 import base64
@@ -18,11 +18,8 @@ import hashlib
 import io
 import itertools
 import math
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,10 +28,11 @@ import numpy as np
 import PIL.Image
 import torch
 from fastcore.basics import patch
+from joblib import Parallel, delayed
 from scipy import ndimage
 
 from .attacks import correct
-from .core import claim_folder, close_bar, cores, one_of, progress_bar, replacing, seed_of
+from .core import claim_folder, close_bar, cores, one_of, progress_bar, replacing, seed_of, whole
 from .data import OFFICIAL, Dataset, Loader, at_most, averaged
 from .still import device_of
 
@@ -385,7 +383,8 @@ def corrupt(
     "Corrupted images."
     check_photos(images)
     place = [*CORRUPTIONS].index(one_of(name, CORRUPTIONS, "corruption"))
-    setting = CORRUPTIONS[name].settings[one_of(severity, range(1, 6), "severity") - 1]
+    severity, seed = one_of(whole(severity, "severity"), range(1, 6), "severity"), whole(seed, "seed")
+    setting = CORRUPTIONS[name].settings[severity - 1]
     found = np.empty_like(images)
     for begin in range(0, len(images), BLOCK):
         rng = np.random.RandomState(seed_of(seed, place, severity, block + begin // BLOCK) % 2**32)
@@ -488,7 +487,11 @@ def at(
     images: int | None = None,  # only the first so many; None: all
 ) -> Dataset:  # to test on
     "The test images at a severity of a corruption."
-    five = np.load(self.files[one_of(name, self.files, "corruption")], mmap_mode="r")
+    file = self.files[one_of(name, self.files, "corruption")]
+    try:
+        five = np.load(file, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it, and it is made or unpacked again") from error
     begin = len(five) // 5 * (one_of(severity, range(1, 6), "severity") - 1)
     x, y = np.array(five[begin : begin + self.count][:images]), self.dataset.y_test[: self.count][:images]
     data = replace(self.dataset, x_train=x[:0], y_train=y[:0], x_test=x, y_test=y)
@@ -503,34 +506,19 @@ def recipe_of(
     return dict(source="generated", recipe=2 if max(x.shape[1:3]) > 32 else 1, recipe_seed=seed, images=len(x),
                 of_sha256=hashlib.sha256(x.tobytes()).hexdigest())
 
-# %% ../nbs/66_corruptions.ipynb #b9787985
-@contextmanager
-def workers(
-    jobs: int,  # processes
-):
-    "A `map` that shares its work among processes; they end with the block."
-    if jobs == 1:
-        yield map
-        return
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
-
 # %% ../nbs/66_corruptions.ipynb #f1a628b5
 def at_all_severities(
     x: np.ndarray,  # (N, H, W, C) uint8
     name: str,
     seed: int = 0,
-    each: Callable = map,  # see `workers`
+    jobs: int = 1,  # processes
     done: Callable = lambda: None,  # called after each block
 ) -> np.ndarray:  # (5 N, H, W, C) uint8
     "Images at severity 1 to 5, one after the other."
-    tasks = [(x[i : i + BLOCK], name, severity, seed, i // BLOCK)
-             for severity in range(1, 6) for i in range(0, len(x), BLOCK)]
+    tasks = (delayed(corrupt)(x[i : i + BLOCK], name, severity, seed, i // BLOCK)
+             for severity in range(1, 6) for i in range(0, len(x), BLOCK))
     found = []
-    for images in each(corrupt, *zip(*tasks)):
+    for images in Parallel(jobs, return_as="generator", max_nbytes=None)(tasks):
         found.append(images)
         done()
     return np.concatenate(found)
@@ -548,11 +536,10 @@ def make_missing(
     missing = [name for name, file in files.items() if not file.exists()]
     steps = 5 * len(missing) * math.ceil(len(x) / BLOCK)
     bar = progress_bar(steps, title, quiet=quiet or not missing)
-    with workers(jobs) as each:
-        for name in missing:
-            images = at_all_severities(x, name, seed, each, bar.update)
-            with replacing(files[name]) as part:
-                np.save(part, images)
+    for name in missing:
+        images = at_all_severities(x, name, seed, jobs, bar.update)
+        with replacing(files[name]) as part:
+            np.save(part, images)
     close_bar(bar, f" {len(missing)} corruptions")
 
 # %% ../nbs/66_corruptions.ipynb #a8387b64
@@ -562,7 +549,7 @@ def corrupted_images(
     names=STANDARD,
     images: int | None = None,  # only so many test images: stratified, of official data the first; None: all
     seed: int = 0,  # of images made here
-    jobs: int | str = 1,  # processes; "auto": all cores, for few images one; > 1 needs `if __name__ == "__main__":`
+    jobs: int | str = 1,  # processes; "auto": all cores, for few images one
     quiet: bool = False,  # no progress bar
 ) -> CorruptedImages:
     "The published files of CIFAR-10-C or CIFAR-100-C if they are there, otherwise images made by the same recipe."

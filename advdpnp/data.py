@@ -11,8 +11,8 @@ __all__ = ['DIGITS', 'OFFICIAL', 'SUFFIXES', 'FORMATS', 'GREY', 'TURNED', 'SYSTE
            'is_loop', 'LeftOut', 'is_picture', 'pictures_below', 'number_of', 'in_order', 'sub_folders', 'classes_in',
            'splits_in', 'check_classes', 'files_of', 'place_name', 'labels_and_notes', 'read_folder', 'is_path',
            'stored_dataset', 'load_dataset', 'check_held_out', 'hold_out', 'square_means', 'averaged',
-           'stratified_order', 'lacking', 'subset', 'at_most', 'random_crop_flip', 'to_float', 'Loader', 'check_batch',
-           'Stream']
+           'stratified_order', 'lacking', 'subset', 'at_most', 'random_crop_flip', 'to_float', 'Loader', 'checked_pair',
+           'check_pixels', 'Stream']
 
 # %% ../nbs/92_data.ipynb #2f3856b1
 import hashlib
@@ -114,7 +114,7 @@ def check_split(
 ):
     "Raise a ValueError if images or labels are not of the type and shape that `Dataset` holds."
     check_images_of(name, split, x)
-    none = split == "test" and len(y) == 0
+    none = split == "test" and y.shape == (0,)
     if y.dtype != np.int64 or y.shape != x.shape[:1] or none:
         raise ValueError(f"{name}: y_{split} is {y.dtype} {y.shape}, expected int64 ({len(x)},)"
                          + " and at least one label" * none)
@@ -378,7 +378,8 @@ def stored_arrays(
             return {key: archive[key] for key in archive.files}
     except PermissionError:
         raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, RuntimeError,
+            MemoryError) as error:
         if "Object arrays" in str(error):
             raise ValueError(f"{path} holds Python objects, which are not read: expected arrays of numbers, and of "
                              f"strings for class_names") from error
@@ -395,7 +396,12 @@ def read_archive(path) -> Dataset:
     missing = [key for key in required if key not in arrays]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: an archive holds {', '.join(required)}")
-    return Dataset(path.stem, **{key: arrays[key] for key in required + optional if key in arrays})
+    if (names := arrays.get("class_names")) is not None and names.dtype.kind == "S":
+        arrays["class_names"] = np.char.decode(names, "utf-8")
+    try:
+        return Dataset(path.stem, **{key: arrays[key] for key in required + optional if key in arrays})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 # %% ../nbs/92_data.ipynb #a7bb2e15
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm",
@@ -465,7 +471,7 @@ def pixels_of(
         picture = PIL.ImageOps.exif_transpose(picture)
         if picture.has_transparency_data and picture.mode != "LA":
             picture = picture.convert("RGBA")
-        if "A" in picture.getbands():
+        if picture.mode in ("LA", "RGBA"):
             clear = picture.getchannel("A").getextrema()[0] < 255
         return np.asarray(picture.convert(mode)), turned, clear
 
@@ -524,7 +530,7 @@ def is_hidden(name: str) -> bool:
 def is_loop(path: Path) -> bool:
     "Whether a folder is a link back to one that it lies in."
     there, here = os.path.realpath(path), os.path.realpath(path.parent)
-    return path.is_symlink() and os.path.commonpath([there, here]) == there
+    return path.is_symlink() and Path(here).is_relative_to(there)
 
 # %% ../nbs/92_data.ipynb #2127464c
 class LeftOut(dict):
@@ -758,6 +764,8 @@ def load_dataset(
     data_dir="data",  # folder of the archives
 ) -> Dataset:
     "Load a data set by its name, or from where it lies."
+    if not isinstance(name, (str, Path)) or not str(name).strip():
+        raise ValueError(f"data set {name!r}: expected a name such as digits or cifar10, or a path")
     if name == "digits":
         return embedded_digits()
     if is_path(name):
@@ -929,8 +937,10 @@ class Loader:
         device="cpu",
         rows: slice = slice(None),  # of each batch: what this process takes, if several share them
     ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: expected at least 1")
         self.x, self.y = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (x, y))
-        self.batch_size, self.train = min(batch_size, len(x)), train
+        self.batch_size, self.train = max(1, min(batch_size, len(x))), train
         self.padding, self.flip, self.seed, self.rows = padding, flip, seed, rows
 
 # %% ../nbs/92_data.ipynb #7f3d1c8d
@@ -985,7 +995,24 @@ def __iter__(self: Loader):
 ROUNDING = 1e-6  # so far outside [0, 1] floats may be; they are clamped
 
 
-def check_batch(
+def checked_pair(
+    batch,  # what a stream gives
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "Images (B, C, H, W), uint8 or floats, and labels (B,), whole numbers; a ValueError if a batch is something else."
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(map(torch.is_tensor, batch))
+    if not pair:
+        parts = [*batch] if isinstance(batch, (tuple, list, dict)) else [batch]
+        said = ", ".join(key if isinstance(key, str) else type(key).__name__ for key in parts)
+        raise ValueError(f"a batch of the stream is a {type(batch).__name__} of {said[:80]}: expected a pair of "
+                         f"tensors, images and labels")
+    x, y = batch
+    if x.ndim == 4 and y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex():
+        raise ValueError(f"labels of a batch of the stream are {y.dtype} {tuple(y.shape)}: expected whole numbers, one "
+                         f"for each of {len(x)} images")
+    return x, y
+
+
+def check_pixels(
     x: torch.Tensor,  # images
 ):
     "Raise a ValueError unless images are (B, C, H, W), uint8 or floats in [0, 1]."
@@ -1007,7 +1034,10 @@ class Stream:
         self.batches, self.device, self.seed = batches, device, seed
 
     def __len__(self):
-        return len(self.batches)
+        try:
+            return len(self.batches)
+        except TypeError as error:
+            raise ValueError(f"the stream has no length ({error}): expected batches that len() counts") from error
 
 # %% ../nbs/92_data.ipynb #49bb80a6
 @patch
@@ -1038,11 +1068,12 @@ def epoch(
     getattr(getattr(self.batches, "sampler", None), "set_epoch", lambda _: None)(epoch)
     self._seed(epoch, 0)
     count = 0
-    for x, y in self.batches:
+    for batch in self.batches:
         if count == len(self):
             raise ValueError(f"the stream goes on after {len(self)} batches, which is its length: expected an epoch")
-        if count == start:
-            check_batch(x)
+        x, y = checked_pair(batch)
+        if count == start or x.device.type == "cpu":  # to look at pixels, a GPU would have to be waited for
+            check_pixels(x)
         if count >= start:
             yield self._moved(x, y)
         count += 1

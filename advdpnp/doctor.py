@@ -96,8 +96,8 @@ def read_or_broken(what, read) -> Finding:
     "What `read()` says of a thing, or why it cannot be read."
     try:
         return Finding(what, read())
-    except (ValueError, OSError) as error:
-        return Finding(what, str(error), "broken")
+    except Exception as error:  # whatever a damaged file may raise: the others are looked at, too
+        return Finding(what, str(error) or type(error).__name__, "broken")
 
 
 def data_sets(data_dir: Path) -> list[Finding]:

@@ -7,8 +7,8 @@ __all__ = ['EXPECTED', 'SUBSET_SEED', 'wilson', 'standard_attacks', 'described',
            'unpacked', 'verdicts_in', 'logit_range', 'OtherEvaluation', 'Resume', 'check_scale', 'as_pixels',
            'batches_of', 'pair_of', 'as_dataset', 'ready', 'check_names', 'image_order', 'Plan', 'make_plan',
            'images_of', 'code_of_package', 'source_of', 'probed', 'clean_logits', 'survivors', 'attacked', 'metrics_of',
-           'trusted', 'checked', 'evaluate', 'attack_shard', 'merge_shards', 'accuracy_table', 'check_table', 'report',
-           'budget_text', 'robustbench_info']
+           'trusted', 'checked', 'started', 'evaluate', 'evaluate_again', 'attack_shard', 'merge_shards',
+           'accuracy_table', 'check_table', 'report', 'budget_text', 'robustbench_info']
 
 # %% ../nbs/60_evaluation.ipynb #f7b4265b
 import base64
@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import json
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -586,6 +587,18 @@ def checked(
     chance = 100 * int(np.bincount(labels).max()) / len(labels)
     return sanity(model, plan.loader(rows), seen, attack, stages, twin, chance)
 
+# %% ../nbs/60_evaluation.ipynb #5tar7ed1
+@contextmanager
+def started(
+    model: nn.Module,
+    dataset,  # see `as_dataset`
+    *asked,  # the rest of a plan, see `make_plan`
+):  # gives the plan, a `Still`, logits (N, K) and labels (N,)
+    "Inside, an evaluation with all that comes before its attacks."
+    plan = make_plan(as_dataset(dataset, model), *asked, device_of(model))
+    with full_precision(), held_still(model, next(iter(plan.loader(8)))[0]) as still:
+        yield plan, still, clean_logits(still, plan), torch.from_numpy(plan.dataset.y_test[plan.order])
+
 # %% ../nbs/60_evaluation.ipynb #9c0249a1
 def evaluate(
     model,  # images in [0, 1] to logits, on any device: an nn.Module, or a function
@@ -604,15 +617,13 @@ def evaluate(
 ) -> dict:  # dataset, data_sha256, n, subset, remarks, device, copied, batch_size, seed, seconds; metrics, checks, ...
     "Clean accuracy, accuracy under each attack and under the worst of them, and whether to believe it."
     began, model = time.monotonic(), as_module(model)
-    data = as_dataset(dataset, model)
-    plan = make_plan(data, attacks, images, limits, check_images, batch_size, seed, device_of(model))
-    labels = torch.from_numpy(data.y_test[plan.order])
-    with full_precision(), held_still(model, next(iter(plan.loader(8)))[0]) as still:
-        logits = clean_logits(still, plan)
+    asked = attacks, images, limits, check_images, batch_size, seed
+    with started(model, dataset, *asked) as (plan, still, logits, labels):
         if twin is not None and all_logits(twin, plan.loader(1)).shape[1] != logits.shape[1]:
             raise ValueError("the twin has another number of classes than the model")
         kept = Resume(resume, plan.key(logits, probed(still, plan)), deadline, began)
         after, verdicts = attacked(still, plan, logits.argmax(1) == labels, kept, quiet, title)
+    data = plan.dataset
     record = dict(dataset=data.name, data_sha256=data.sha256, n=plan.images, subset=plan.subset(),
                   remarks=plan.remarks(), device=str(plan.device), copied=still.copied, batch_size=plan.batch_size,
                   products=dict(search=search_precision(plan.device), verdicts="ieee"), seed=plan.seed,
@@ -622,6 +633,19 @@ def evaluate(
     if plan.attacks:
         record |= checked(model, plan, after, verdicts, twin)
     return record | dict(seconds=round(kept.seconds, 2), verdicts=" ".join(map(packed, verdicts.values())))
+
+# %% ../nbs/60_evaluation.ipynb #a6a1n002
+def evaluate_again(
+    *what,  # see `evaluate`
+    resume: Path,
+    **how,
+) -> dict:
+    "`evaluate`; what another evaluation has left in `resume` is dropped."
+    try:
+        return evaluate(*what, resume=resume, **how)
+    except OtherEvaluation:
+        resume.unlink()
+        return evaluate(*what, resume=resume, **how)
 
 # %% ../nbs/60_evaluation.ipynb #89976823
 def attack_shard(
@@ -639,14 +663,11 @@ def attack_shard(
     quiet: bool = False,
 ):
     "The attacks of an evaluation, on a part of its images."
-    model = as_module(model)
-    data = as_dataset(dataset, model)
-    plan = make_plan(data, attacks, images, limits, check_images, batch_size, seed, device_of(model))
-    labels, mine = torch.from_numpy(data.y_test[plan.order]), torch.arange(plan.images) % shards == number
-    with full_precision(), held_still(model, next(iter(plan.loader(8)))[0]) as still:
-        logits = clean_logits(still, plan)
+    asked = attacks, images, limits, check_images, batch_size, seed
+    with started(as_module(model), dataset, *asked) as (plan, still, logits, labels):
+        mine = (logits.argmax(1) == labels) & (torch.arange(plan.images) % shards == number)
         kept = Resume(file, plan.key(logits, probed(still, plan)) | dict(shard=[number, shards]))
-        attacked(still, plan, (logits.argmax(1) == labels) & mine, kept, quiet, f"shard {number + 1}/{shards}")
+        attacked(still, plan, mine, kept, quiet, f"shard {number + 1}/{shards}")
         write_json(file, dict(key=kept.key, stages=kept.stages, seconds=kept.seconds, complete=True))
 
 # %% ../nbs/60_evaluation.ipynb #48ce92e5

@@ -15,7 +15,7 @@ from torch import nn
 
 from .attacks import PGD, Draws, as_given
 from .core import own_randomness
-from .data import Loader
+from .data import Loader, as_array, as_labels
 from .still import full_precision, held_still, unwrapped
 
 # %% ../nbs/68_geometry.ipynb #6a454d82
@@ -54,10 +54,10 @@ class ByClass:
 
     def __init__(
         self,
-        features: torch.Tensor,  # (N, d)
-        labels: torch.Tensor,  # (N,) int64, at least two of every class that occurs
+        features,  # (N, d): a tensor or an array
+        labels,  # (N,) whole numbers, at least two of every class that occurs
     ):
-        self.features, self.labels = features.double().cpu().numpy(), labels.cpu().numpy()
+        self.features, self.labels = as_array(features, "features").astype(float), as_labels(labels)
         classes, self.place, self.counts = np.unique(self.labels, return_inverse=True, return_counts=True)
         if len(classes) < 2 or self.counts.min() < 2:
             raise ValueError(f"features of {len(classes)} classes, of the rarest {self.counts.min()}: expected two "
@@ -116,7 +116,10 @@ def about_prototypes(
     prototypes: torch.Tensor,  # (K, d), of all classes
 ) -> dict:  # name to numbers, one for each class that occurs
     "Distances of features to prototypes."
-    c = prototypes.detach().double().cpu().numpy()
+    c = as_array(prototypes, "prototypes").astype(float)
+    if groups.labels.min() < 0 or groups.labels.max() >= len(c):
+        raise ValueError(f"labels from {groups.labels.min()} to {groups.labels.max()}: expected 0 to {len(c) - 1}, one "
+                         f"prototype for each")
     own, rival = own_and_rival(groups.features, c, groups.labels)
     nearest = cdist(groups.features, c).argmin(1)
     return dict(to_own_prototype=groups.average(own), to_nearest_prototype=groups.average(rival),

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'ABOUT', 'remeasured', 'rounded_accuracies', 'card_table', 'about', 'check_publishable', 'publish', 'Pieces',
-           'check_pack', 'pack']
+           'check_pack', 'halved', 'pack']
 
 # %% ../nbs/76_hub.ipynb #7c151a05
 import hashlib
 import io
 import re
 import tarfile
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 
 from .attacks import PGD, correct, robust_to
-from .core import as_text, markdown, packed_weights, plain_name, read_weights, replacing, write_json
+from .core import as_text, markdown, one_of, packed_weights, plain_name, read_weights, replacing, write_json
 from .data import Loader, stratified_order
 from .evaluation import SUBSET_SEED, accuracy
-from .runs import Ledger, called, chosen_by, provenance, run_of
+from .runs import PRESETS, Ledger, called, chosen_by, provenance, run_of
 from .sanity import failed
 from .still import device_of, full_precision
 from .tables import LABELS, interval
@@ -122,7 +123,7 @@ def check_publishable(
     if record is None:
         raise ValueError(f"{run} is not a finished run: train and measure it first")
     there = folder / "record.json"  # written before the rest
-    if folder.exists() and not (there.exists() and run_of(there) == config):
+    if folder.exists() and any(folder.iterdir()) and not (there.exists() and run_of(there) == config):
         raise ValueError(f"{folder} holds something else than this run: choose another name, or move it away")
     if not ledger.trained(config) or record["best"]["sha256"] != ledger.sha256(config):
         raise ValueError(f"the record of {run} is of other weights, measured elsewhere: measure these first")
@@ -151,7 +152,7 @@ def publish(
 
 # %% ../nbs/76_hub.ipynb #b5cd78ac
 class Pieces(io.RawIOBase):
-    "A stream that is written into files of limited size: pack-00, pack-01, ..."
+    "A stream that is written into files of limited size: pack-0000, pack-0001, ..."
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class Pieces(io.RawIOBase):
         size = len(data)
         while data:
             if not self.room:
-                self.paths.append(self.folder / f"pack-{len(self.paths):02}")
+                self.paths.append(self.folder / f"pack-{len(self.paths):04}")
                 self.paths[-1].write_bytes(b"")
                 self.room = self.size
             with open(self.paths[-1], "ab") as file:
@@ -178,7 +179,7 @@ class Pieces(io.RawIOBase):
             data, self.room = data[written:], self.room - written
         return size
 
-# %% ../nbs/76_hub.ipynb #30a17cba
+# %% ../nbs/76_hub.ipynb #pack0001
 def check_pack(
     folder,  # new, or with an older pack alone
 ) -> list[Path]:  # the pieces of the older pack
@@ -188,7 +189,18 @@ def check_pack(
         raise ValueError(f"{folder} holds {others[0]}: expected a new folder, or one with an older pack alone")
     return there
 
+# %% ../nbs/76_hub.ipynb #pack0004
+def halved(
+    path: Path,  # of weights
+) -> dict:  # name to tensor
+    "Weights in half precision; whole numbers stay as they are. A ValueError if a number is too large."
+    full = read_weights(path)
+    half = {key: value.half() if value.is_floating_point() else value for key, value in full.items()}
+    if large := [key for key, value in half.items() if value.isinf().sum() > full[key].isinf().sum()]:
+        raise ValueError(f"{path}: {large[0]} has numbers above 65,504, which half precision cannot hold")
+    return half
 
+# %% ../nbs/76_hub.ipynb #30a17cba
 def pack(
     preset: str,
     folder,  # see `check_pack`
@@ -196,23 +208,24 @@ def pack(
     size: int = 15 * 2**20,  # bytes of a piece, at most
 ) -> list[Path]:  # the pieces
     "Put records, tables and half-precision weights of a preset into a few files."
-    data, folder = Path(data_dir), Path(folder)
-    for old in check_pack(folder):
-        old.unlink()
+    one_of(preset, PRESETS, "preset")
+    data, folder, older = Path(data_dir), Path(folder), check_pack(folder)
     runs = sorted(data.glob(f"runs/*/*-{preset}-s[0-9]*"))
     small = [path for run in runs for path in sorted([*run.glob("*.json"), run / "metrics.jsonl"]) if path.exists()]
     results = sorted({*data.glob(f"results/*.{preset}*"), *data.glob("results/benchmark.*.json")})
-    pieces = Pieces(folder, size)
-    with tarfile.open(fileobj=pieces, mode="w|") as archive:
-        for path in [*results, *small]:
-            if not path.is_symlink():  # which could lead anywhere
-                archive.add(path, path.relative_to(data))
-        for run in runs:
-            if (run / "best.safetensors").exists():
-                full = read_weights(run / "best.safetensors")
-                weights = packed_weights({key: value.half() if value.is_floating_point() else value
-                                          for key, value in full.items()})  # whole numbers stay as they are
-                member = tarfile.TarInfo(str(run.relative_to(data) / "best.half.safetensors"))
-                member.size = len(weights)
-                archive.addfile(member, io.BytesIO(weights))
-    return pieces.paths
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # the older pack stays until this one is whole
+        pieces = Pieces(Path(scratch), size)
+        with tarfile.open(fileobj=pieces, mode="w|") as archive:
+            for path in [*results, *small]:
+                if not path.is_symlink():  # which could lead anywhere
+                    archive.add(path, path.relative_to(data))
+            for run in runs:
+                if (run / "best.safetensors").exists():
+                    weights = packed_weights(halved(run / "best.safetensors"))
+                    member = tarfile.TarInfo((run.relative_to(data) / "best.half.safetensors").as_posix())
+                    member.size = len(weights)
+                    archive.addfile(member, io.BytesIO(weights))
+        for old in older:
+            old.unlink()
+        return [path.rename(folder / path.name) for path in pieces.paths]

@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 
 from .attacks import PGD
 from .data import to_float
-from .methods import METHODS, method_of
+from .methods import method_of
 from .tables import LABELS, corruption_rows, grouped, hull, over_seeds, tradeoff_rows
 
 # %% ../nbs/74_plots.ipynb #fa6e91b4

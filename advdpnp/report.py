@@ -24,20 +24,20 @@ import shlex
 import time
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
-from fastcore.basics import patch
 from jinja2 import Environment
 from PIL import Image
 
 from .attacks import PGD, Ascent, Found, ThreatModel, Draws, as_given, climb_until_broken, margin, on_logits
 from .comparison import compare, in_words
-from .core import one_of, own_randomness, replacing
+from .core import one_of, own_randomness, read_json, replacing
 from .data import Dataset, Loader, stratified_order
-from .evaluation import as_dataset, images_of, verdicts_in
+from .evaluation import as_dataset, images_of, standard_attacks, verdicts_in
 from .geometry import onto_plane, own_and_rival
 from .plots import ADVERSARIAL, CLEAN, styles, theme
 from .runs import PRESETS
@@ -55,6 +55,10 @@ def one_record(
         record = outer | record["best"]
     needed = ("metrics", "n", "data_sha256", "dataset")
     lacking = [key for key in needed if not isinstance(record, dict) or key not in record]
+    counted = {"correct", "n", "accuracy", "low", "high"}
+    if not lacking:
+        lacking = [f"{key} of {name}" for name, metric in record["metrics"].items()
+                   for key in sorted(counted - {*metric})]
     if lacking or "clean" not in record["metrics"]:
         raise ValueError(f"a record lacks {', '.join(lacking or ['clean'])}: expected one that advdpnp evaluate has "
                          "written, or the record of a run")
@@ -968,7 +972,7 @@ def comparison_section(
 
 # %% ../nbs/77_report.ipynb #1081d09b
 def command_of(record: dict) -> str:  # see `one_record`
-    "The command that makes a record again."
+    "The command that makes a record again; empty if it has attacks that no command has."
     config, at = record.get("config"), setting_of(record)
     if record.get("command"):
         return record["command"]
@@ -977,9 +981,13 @@ def command_of(record: dict) -> str:  # see `one_record`
         changed = [f"--set={key}={config.get(key)}" for key in [*other, *config.get("changes", [])]]
         return shlex.join(["advdpnp", "train", str(config["method"]), "--preset", str(config["preset"]), "--seed",
                            str(config["seed"]), "--dataset", str(config.get("dataset", record["dataset"])), *changed])
-    attacks = ",".join(name for name, m in record["metrics"].items() if "attack" in m)
+    attacks = {name: m["n"] for name, m in record["metrics"].items() if "attack" in m}
+    if at and not {*attacks} <= {attack.name for attack in standard_attacks(at["eps"], at["norm"], prototypes=True)}:
+        return ""
     words = ["advdpnp", "evaluate", str(record.get("model", "MODEL")), "--dataset", str(record["dataset"])]
-    words += ["--eps", f"{at['eps']:.6g}", "--norm", at["norm"], "--attacks", attacks] if at else []
+    words += ["--eps", repr(at["eps"]), "--norm", at["norm"], "--attacks", ",".join(attacks)] if at else []
+    if attacks.get("autoattack", record["n"]) < record["n"]:
+        words += ["--autoattack-images", str(attacks["autoattack"])]
     return shlex.join([*words, "--images", str(record["n"]), "--seed", str(record.get("seed", 0))])
 
 # %% ../nbs/77_report.ipynb #1918ba70
@@ -1205,19 +1213,20 @@ def subjects_of(
 
 # %% ../nbs/77_report.ipynb #73b39679
 def report(
-    record,  # from `evaluate` or of a run; a list of them, or a dictionary of names to records or lists of seeds
+    record,  # from `evaluate` or of a run, or its file; a list of them, or a dictionary of names to records or lists
     model=None,  # that it is of, images in [0, 1] to logits; a list or a dictionary for several; None: records alone
     dataset=None,  # that it is of: a `Dataset`, or whatever `evaluate` took
 ) -> Report:
     "A record as a page to read; a ValueError if record, model and data set do not belong together."
     began = time.monotonic()
+    record = read_json(record) if isinstance(record, (str, Path)) else record
     by_name = isinstance(record, dict) and all(isinstance(each, (dict, list)) for each in record.values())
     records = record if by_name else None
     given = list(record) if isinstance(record, (list, tuple)) else [record]
     some = [m for m in (model if isinstance(model, (list, tuple)) else [model]) if callable(m)]
     records = records or dict(zip(names_of(given, some), given))
-    if not records:
-        raise ValueError("there are no records to report on: expected one or more")
+    if not records or not all(records.values()):
+        raise ValueError("there are no records to report on: expected one or more of each model")
     models = models_of(model, [*records])
     known = [m for m in models.values() if m is not None]
     if dataset is not None and not isinstance(dataset, Dataset):

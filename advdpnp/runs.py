@@ -10,9 +10,9 @@ __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'F
            'network_of', 'check_run', 'run_of', 'load_checkpoint', 'queue', 'this_job', 'claims', 'owner', 'claim',
            'at_work', 'is_running', 'Ledger', 'key_of_data', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by',
            'attacked_epoch', 'attacked', 'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features',
-           'broken_in_turn', 'tradeoff', 'check_same_images', 'identity', 'seconds_left', 'other_machines',
-           'training_left', 'measuring_left', 'status', 'cards', 'end_with', 'do_step', 'in_worker', 'Workers',
-           'share_work']
+           'broken_in_turn', 'tradeoff', 'mixed_images', 'check_same_images', 'identity', 'seconds_left',
+           'other_machines', 'training_left', 'measuring_left', 'status', 'cards', 'end_with', 'do_step', 'in_worker',
+           'Workers', 'share_work']
 
 # %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
@@ -23,6 +23,7 @@ import numbers
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -31,7 +32,7 @@ import traceback
 from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -48,8 +49,8 @@ from .core import is_locked, read_json, read_weights, sha256_of, share_screen, s
 from .core import write_json
 from .corruptions import corrupted_images, corruption_accuracy
 from .data import Loader, at_most, averaged, is_path, load_dataset, place_name
-from .evaluation import (SUBSET_SEED, OtherEvaluation, Resume, accuracy, evaluate, image_order, packed,
-                                standard_attacks, survivors)
+from .evaluation import SUBSET_SEED, Resume, accuracy, evaluate_again, image_order, packed, standard_attacks
+from .evaluation import survivors
 from .geometry import geometry
 from .methods import EXTRAS, METHODS, make_net, method_of, split_name
 from .parallel import as_the_first_says, share
@@ -494,7 +495,8 @@ FRESH = 60.0  # seconds
 
 def claims(folder: Path, step: str) -> list[Path]:
     "All claims of a step of a run, the last one last."
-    return sorted(folder.glob(f"job-{step}-*.json"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    found = [path for path in folder.glob(f"job-{step}-*.json") if re.fullmatch(rf"job-{step}-\d+", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
 def owner(
@@ -543,7 +545,9 @@ def at_work(
     folder.mkdir(parents=True, exist_ok=True)
     job = owner(folder, step)
     if job and job["id"] != this_job():
-        raise RuntimeError(f"job {job['id']} of SLURM has {folder}: wait for it, or end it with scancel")
+        gone = "" if shutil.which("squeue") else (f". There is no SLURM here: if the job is no more, remove "
+                                                  f"{claims(folder, step)[-1]}")
+        raise RuntimeError(f"job {job['id']} of SLURM has {folder}: wait for it, or end it with scancel{gone}")
     try:
         lock.acquire()
     except Timeout:
@@ -735,15 +739,10 @@ def attacked_epoch(ledger, config, which, deadline):
     "The best or the last epoch of a run under every attack, see `evaluate`."
     dataset, resume = ledger.dataset(config), ledger.folder(config) / f"result-{which}.json"
     limit = which == "last" and config["last_autoattack_images"] or config["autoattack_images"]
-    measure = partial(evaluate, ledger.model(config, which), dataset, attacks_of(config), images=config["test_images"],
-                      limits={"autoattack": limit or len(dataset.x_test)}, check_images=config["check_images"],
-                      twin=ledger.twin(config), resume=resume, deadline=deadline, quiet=ledger.quiet,
-                      title=f"{title(config)} {which}")
-    try:
-        return measure()
-    except OtherEvaluation:
-        resume.unlink()
-        return measure()
+    return evaluate_again(ledger.model(config, which), dataset, attacks_of(config), images=config["test_images"],
+                          limits={"autoattack": limit or len(dataset.x_test)}, check_images=config["check_images"],
+                          twin=ledger.twin(config), resume=resume, deadline=deadline, quiet=ledger.quiet,
+                          title=f"{title(config)} {which}")
 
 # %% ../nbs/70_runs.ipynb #a573e0b3
 def attacked(ledger, config, deadline):
@@ -818,11 +817,14 @@ def tradeoff(ledger, config, deadline):
     return dict(n=metrics["clean"]["n"]) | about | metrics | dict(verdicts=" ".join(map(packed, verdicts.values())))
 
 # %% ../nbs/70_runs.ipynb #872ad87a
-def check_same_images(
-    records: list[dict],  # each with verdicts
-):
+def mixed_images(records: list[dict]) -> bool:  # each with verdicts
+    "Whether some are of the first test images, as in earlier versions, and others of a stratified subset."
+    return len({json.dumps(record.get("subset"), sort_keys=True) for record in records}) > 1
+
+
+def check_same_images(records: list[dict]):  # each with verdicts
     "Raise a ValueError unless records are of the same test images."
-    if len({json.dumps(record.get("subset"), sort_keys=True) for record in records}) > 1:
+    if mixed_images(records):
         raise ValueError("some records are of the first test images, as in earlier versions, and others of a "
                          "stratified subset: they cannot be compared image by image, so measure all of them anew, "
                          "without use_results")
@@ -1012,8 +1014,9 @@ def measuring_left(
     like = re.sub(r"^.*?(-[^-]*-[^-]*-s)\d.*", r"*\1*", folder.name)
     taken = []
     for path in folder.parent.glob(f"{like}/result.json"):
-        found = read_json(path, "best", "last")
-        taken.append(sum({found[which]["sha256"]: found[which]["seconds"] for which in ("best", "last")}.values()))
+        with suppress(ValueError, KeyError, TypeError):  # a damaged one says nothing of this run
+            found = read_json(path, "best", "last")
+            taken.append(sum({found[which]["sha256"]: found[which]["seconds"] for which in ("best", "last")}.values()))
     spent = sum(read_json(path).get("seconds", 0) for path in folder.glob("result-*.json"))
     return max(0.0, sum(taken) / len(taken) - spent) if taken else None
 
@@ -1032,15 +1035,16 @@ def status(
         except (KeyError, TypeError):
             return "damaged", f"{folder / 'result.json'} holds no accuracies: move this file away"
     after = f"after {len(lines.read_bytes().splitlines()) if lines.exists() else 0} epochs"
-    claimed = sorted({path.stem.split("-")[1] for path in folder.glob("job-*-*.json")}, key=["train", *RECORDS].index)
     try:
-        jobs = [job for step in claimed if (job := owner(folder, step))]
+        jobs = [job for step in ("train", *RECORDS) if (job := owner(folder, step))]
     except ValueError as damage:
         return "damaged", str(damage)
     at = ", ".join(f"job {job['id']}{job['node'] and ' on '}{job['node']}" for job in jobs if job["id"])
     if is_running(folder) or any(job["node"] for job in jobs):
         trained = (folder / "trained.json").exists()
-        left = measuring_left(folder) if trained else training_left(folder)
+        left = None
+        with suppress(ValueError, KeyError):  # of a damaged file
+            left = measuring_left(folder) if trained else training_left(folder)
         said = after + ", measuring" * trained
         return "running", ", ".join(filter(None, (said, "" if left is None else f"{left / 60:.0f} min left", at)))
     if jobs:

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from fastcore.basics import patch
@@ -42,6 +43,10 @@ class Saved(nn.Module, PyTorchModelHubMixin, library_name="advdpnp", license="ap
             pipeline_tag="image-classification", tags=["adversarial-robustness"], model_card_template=CARD):
     "A network that can be saved into a folder, and built again from it; a subclass has `kind_of`."
 
+    def __init_subclass__(cls, **more):
+        numpy = {np.integer: (int, int), np.floating: (float, float)}  # how the configuration writes and reads them
+        super().__init_subclass__(**dict(coders=numpy) | more)
+
 # %% ../nbs/93_saved.ipynb #a392c282
 @patch
 def save_pretrained(
@@ -60,6 +65,11 @@ def save_pretrained(
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / folder.name
         address = PyTorchModelHubMixin.save_pretrained(self, made, **more)
+        try:
+            type(self).from_pretrained(made)
+        except ValueError as error:
+            raise ValueError(f"this {type(self).__name__} could not be built again from a folder ({error}): save "
+                             f"net.state_dict() and build the network yourself") from error
         for path in made.iterdir():
             if path.name != "README.md" or not (folder / path.name).exists():
                 with replacing(folder / path.name) as part:
@@ -133,11 +143,13 @@ def from_pretrained(
     cls = kind if issubclass(kind, cls) else cls
     if not issubclass(cls, kind):
         raise ValueError(f"{name} is a {kind.__name__}: expected {kind.__name__}.from_pretrained")
+    blame = config
     try:
         with own_randomness(torch.device("cpu"), 0):
             net = cls(**{key: said[key] for key in inspect.signature(cls).parameters if key in said})
+        blame = file
         net.load_state_dict(weights)
     except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} is damaged or of another network ({reason}): get the folder's files anew") from error
+        raise ValueError(f"{blame} is damaged or of another network ({reason}): get the folder's files anew") from error
     return net.eval()

@@ -64,8 +64,13 @@ def _use(precision):
     _set_precisions(([words[precision] for *_, words in _OLDER], [precision] * len(_PLACES)))
 
 
+def _use_strictest():
+    "What threads ask for now: true float32 if one of them does."
+    _use("ieee" if any(asked[-1] == "ieee" for asked in _ASKED.values()) else "tf32")
+
+
 _PRECISIONS = Kept(lambda: (_older_settings(), [place.fp32_precision for place in _PLACES]), _set_precisions)
-_HERE = threading.local()
+_ASKED = {}  # thread to the precisions that it asks for, one inside the other
 
 # %% ../nbs/96_still.ipynb #1e893cad
 @contextmanager
@@ -73,17 +78,22 @@ def products_in(
     precision: str,  # of float32 products: "ieee" for true float32, or "tf32"
 ):
     "Inside, matrix products and convolutions have this precision; outside, nothing has changed."
-    mine = _HERE.__dict__.setdefault("precisions", [])  # of this thread, one inside the other
+    thread = threading.get_ident()
     with _PRECISIONS:
-        mine.append(precision)
-        _use(precision)
+        with _PRECISIONS.lock:
+            mine = _ASKED.setdefault(thread, [])
+            mine.append(precision)
+            _use_strictest()
         try:
             with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
                 yield
         finally:
-            mine.pop()
-            if mine:  # a search goes on after a verdict
-                _use(mine[-1])
+            with _PRECISIONS.lock:
+                mine.pop()
+                if not mine:
+                    del _ASKED[thread]
+                if _ASKED:  # a search goes on after a verdict
+                    _use_strictest()
 
 
 def full_precision():
@@ -152,11 +162,13 @@ def modules_of(
 def unregistered(
     model: nn.Module,
 ) -> list[nn.Module]:
-    "The modules that a model calls by a global name, and that are no part of it."
+    "The modules that a model calls by a global name, or has in a list, and that are no part of it."
     known = "torch.", "timm.", "torchvision.", "advdpnp."
     kinds = {type(part) for part in model.modules() if not type(part).__module__.startswith(known)}
-    own = {id(part) for part in model.modules()}
-    return [part for part in modules_of([kind.forward for kind in kinds]) if id(part) not in own]
+    own, usual = {id(part) for part in model.modules()}, vars(nn.Module())
+    held = [value for part in model.modules() if type(part) in kinds for name, value in vars(part).items()
+            if name not in usual and isinstance(value, (list, tuple, dict))]
+    return [part for part in modules_of([kind.forward for kind in kinds] + held) if id(part) not in own]
 
 # %% ../nbs/96_still.ipynb #d04231e6
 class Function(nn.Module):

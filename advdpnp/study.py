@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,9 +30,9 @@ from .autoattack import APGD
 from .comparison import compare, holm, intervals
 from .core import cores, one_of, read_json, replacing, write_json
 from .data import Dataset, stratified_order
-from .evaluation import OtherEvaluation, described, evaluate
+from .evaluation import described, evaluate_again
 from .plots import WIDTH
-from .prototypes import Classifier, LinearNet, PrototypeHead
+from .prototypes import Classifier, LinearNet
 from .runs import at_work, check_jobs, one_thread, provenance, seconds_left
 from .tables import save
 from .training import Trainer
@@ -196,13 +196,8 @@ def measure(
     "A trained network under the attacks; what other attacks or images have left in its folder is dropped."
     trainer.net.load_state_dict(weights)
     resume = trainer.folder / f"attacked-{which}.json"
-    again = partial(evaluate, trainer.net, self.images, self.attacks, check_images=100, resume=resume,
-                    deadline=deadline, title=f"{trainer.name} {which}")
-    try:
-        return again()
-    except OtherEvaluation:
-        resume.unlink()
-        return again()
+    return evaluate_again(trainer.net, self.images, self.attacks, check_images=100, resume=resume, deadline=deadline,
+                          title=f"{trainer.name} {which}")
 
 # %% ../nbs/75_study.ipynb #75000018
 @patch

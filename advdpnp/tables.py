@@ -8,9 +8,8 @@ __all__ = ['TABLES', 'KINDS', 'ABLATION', 'QUICK_ABLATION', 'SWEEPS', 'ROWS', 'L
            'over_seeds', 'accuracies', 'checks_of', 'sizes', 'tabulate', 'interval', 'accuracy_cell', 'readable',
            'failed_checks', 'setting', 'paired_text', 'published', 'corruption_rows', 'geometry_rows', 'numbers',
            'corruption_text', 'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap', 'verdicts_of',
-           'fronts_apart', 'tradeoff_rows', 'tradeoff_text', 'mixed_images', 'result_text', 'table_files', 'save',
-           'Table', 'Plan', 'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table',
-           'data_folder', 'kept_text']
+           'fronts_apart', 'tradeoff_rows', 'tradeoff_text', 'result_text', 'table_files', 'save', 'Table', 'Plan',
+           'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table', 'data_folder', 'kept_text']
 
 # %% ../nbs/72_tables.ipynb #154364e4
 import itertools
@@ -30,7 +29,7 @@ from .corruptions import GROUPS
 from .data import is_path
 from .evaluation import verdicts_in
 from .methods import METHODS
-from .runs import FEW, Ledger, as_kind, as_seeds, check_jobs, check_same_images, make_config
+from .runs import FEW, Ledger, as_kind, as_seeds, check_jobs, check_same_images, make_config, mixed_images
 from .runs import status
 
 # %% ../nbs/72_tables.ipynb #84c927c3
@@ -510,23 +509,17 @@ READING = {
   compared is told in [72_tables](72_tables.ipynb).""",
 }
 
-# %% ../nbs/72_tables.ipynb #83efd199
-def mixed_images(
-    records: list[dict],  # of kind "result"
-) -> str:  # a sentence; empty if all are of the same choice
-    "Whether some records are of the first test images, as in earlier versions, and others of a stratified subset."
-    chosen = {json.dumps(record["best"].get("subset"), sort_keys=True) for record in records}
-    return ("Some of these records are of the first test images, as in earlier versions, others of a stratified "
-            "subset." if len(chosen) > 1 else "")
-
 # %% ../nbs/72_tables.ipynb #fb10682b
+_MIXED = "Some of these records are of the first test images, as in earlier versions, others of a stratified subset."
+
+
 def result_text(records: list[dict], data_dir=None) -> str:  # data_dir: with published numbers; None: without them
     "Accuracies of the best and the last epoch in Markdown, with what failed, and published numbers below."
     config, apart = records[0]["config"], {which: paired_text(records, which) for which in ("best", "last")}
     parts = ["Best epoch, chosen on held-out training images:", readable(records), failed_checks(records),
              apart["best"], "Last epoch:", readable(records, "last"), failed_checks(records, "last"),
              apart["last"] * (apart["last"] != apart["best"]), setting(records, f"eps {config['eps']:.4g}"),
-             mixed_images(records)]
+             _MIXED * mixed_images([record["best"] for record in records])]
     others = published(config["dataset"], data_dir) if data_dir else ""
     if others:
         size = f"{config['side']} pixels, " if config.get("side") else ""

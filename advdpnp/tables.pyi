@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .runs import Ledger
-__all__ = ['TABLES', 'KINDS', 'ABLATION', 'QUICK_ABLATION', 'SWEEPS', 'ROWS', 'LABELS', 'GEOMETRY', 'ANCHORS', 'ANGLES', 'TRADEOFF', 'READING', 'TEXTS', 'sweep_rows', 'chosen_rows', 'chosen_seeds', 'table_runs', 'grouped', 'over_seeds', 'accuracies', 'checks_of', 'sizes', 'tabulate', 'interval', 'accuracy_cell', 'readable', 'failed_checks', 'setting', 'paired_text', 'published', 'corruption_rows', 'geometry_rows', 'numbers', 'corruption_text', 'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap', 'verdicts_of', 'fronts_apart', 'tradeoff_rows', 'tradeoff_text', 'mixed_images', 'result_text', 'table_files', 'save', 'Table', 'Plan', 'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table', 'data_folder', 'kept_text']
+__all__ = ['TABLES', 'KINDS', 'ABLATION', 'QUICK_ABLATION', 'SWEEPS', 'ROWS', 'LABELS', 'GEOMETRY', 'ANCHORS', 'ANGLES', 'TRADEOFF', 'READING', 'TEXTS', 'sweep_rows', 'chosen_rows', 'chosen_seeds', 'table_runs', 'grouped', 'over_seeds', 'accuracies', 'checks_of', 'sizes', 'tabulate', 'interval', 'accuracy_cell', 'readable', 'failed_checks', 'setting', 'paired_text', 'published', 'corruption_rows', 'geometry_rows', 'numbers', 'corruption_text', 'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap', 'verdicts_of', 'fronts_apart', 'tradeoff_rows', 'tradeoff_text', 'result_text', 'table_files', 'save', 'Table', 'Plan', 'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table', 'data_folder', 'kept_text']
 TABLES: dict
 KINDS: dict
 ABLATION: dict
@@ -48,7 +48,6 @@ TRADEOFF: Any
 def tradeoff_rows(records: list[dict]) -> pd.DataFrame: ...
 def tradeoff_text(records: list[dict]) -> str: ...
 READING: dict
-def mixed_images(records: list[dict]) -> str: ...
 def result_text(records: list[dict], data_dir=None) -> str: ...
 TEXTS: dict
 def table_files(kind: str, records: list[dict], data_dir=None) -> dict[str, str]: ...

@@ -576,7 +576,8 @@ def state(self: Trainer) -> dict:
     "What it takes to go on: the tensors themselves, not copies."
     return {name: getattr(self, name) for name in _PLACE} | {
         "structure": structure_of(self.net), "sums": {name: float(value) for name, value in self.sums.items()},
-        "weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict() if self.average else None}
+        "weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+        "average": self.average.state_dict() if self.average else None}
 
 # %% ../nbs/50_training.ipynb #1ae65562
 @patch
@@ -604,7 +605,7 @@ def resume(self: Trainer):
     if self.epoch == self.epochs:
         self._finish()
 
-
+# %% ../nbs/50_training.ipynb #s3tt1e01
 @patch
 def _settle(self: Trainer):
     "Bring the other files in line with the state, where a kill has left them behind."

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -253,6 +254,14 @@ def test_a_wrong_word_for_a_cluster_gets_a_sentence(monkeypatch, tmp_path):
                                         "setup=module load cuda", "gpus_per_node=1"]) == dict(
         slurm_exclude="node1,node2", slurm_mail_type="END,FAIL", slurm_use_srun=False, slurm_exclusive=True,
         slurm_setup=["module load cuda"], gpus_per_node=1)
+    for word, said in (("nodes=2", "a run is one process"), ("ntasks_per_node=4", "a run is one process"),
+                       ("use_srun=no", "expected true or false"), ("account=a,account=b", "account is given twice")):
+        with pytest.raises(ValueError, match=said):
+            advdpnp.cluster.parse_slurm(word)
+    assert advdpnp.cluster.parse_slurm(["account=0123, timeout_min=5,", "setup=module load a", "setup=module load b",
+                                        "srun_args=--mpi=none --cpu-bind=none"]) == dict(
+        slurm_account="0123", timeout_min=5, slurm_setup=["module load a", "module load b"],
+        slurm_srun_args=["--mpi=none", "--cpu-bind=none"])
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="there is no SLURM here"):
         as_cluster("slurm")
@@ -270,3 +279,50 @@ def test_a_bill_starts_nothing_and_counts_what_is_there(tmp_path, monkeypatch):
     assert [item.state for item in items] == ["there", "missing"]
     assert items[1].training == record["training_seconds"]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_job_that_slurm_does_not_end_is_an_error(tmp_path, jobs, monkeypatch):
+    folder = tmp_path / "runs/digits/a-run"
+    write_claim = claim(folder, "train")
+    write_claim.write_text(json.dumps(dict(id="7_0")))
+    jobs["all"] = {"7_0": ("RUNNING", "node1")}
+    said = subprocess.CompletedProcess([], 1, "", "scancel: error: Access/permission denied")
+    monkeypatch.setattr(advdpnp.cluster, "queue", lambda now=False: jobs["all"])
+    monkeypatch.setattr(advdpnp.cluster.subprocess, "run", lambda *args, **how: said)
+    with pytest.raises(RuntimeError, match="SLURM did not end 7_0: scancel: error: Access/permission denied"):
+        cancel(tmp_path)
+    jobs["all"] = {"7_0": ("COMPLETING", "node1")}
+    assert cancel(tmp_path) == ["7_0"]
+
+
+def test_a_folder_that_came_from_a_cluster_says_what_to_do(tmp_path, monkeypatch):
+    "Here is no SLURM that could say what has become of the job."
+    monkeypatch.setattr(advdpnp.runs, "queue", lambda now=False: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    path = claim(tmp_path, "train")
+    path.write_text(json.dumps(dict(id="7_0")))
+    with pytest.raises(RuntimeError, match=f"if the job is no more, remove {path}"):
+        with advdpnp.runs.at_work(tmp_path):
+            pass
+
+
+def test_damaged_files_of_others_stop_no_list(tmp_path):
+    first, second = (tmp_path / f"TRADES-net-quick-s{seed}" for seed in (0, 1))
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(epochs=3)))
+    (first / "result.json").write_text("{")
+    (second / "trained.json").write_text("{}")
+    for name in ("job-foo-1.json", "job-train-1 (copy).json"):
+        (second / name).write_text("{}")
+    with filelock.FileLock(second / "lock"):
+        assert status(first)[0] == "damaged" and status(second) == ("running", "after 0 epochs, measuring")
+
+
+def test_times_of_other_data_or_of_training_without_attacks_are_not_taken():
+    config = make_config("PGD-AT", "fast", device="cpu")
+    made = lambda **changes: dict(config=config | changes, training_seconds=100.0,
+                                   best=dict(sha256="a", seconds=1.0), last=dict(sha256="b", seconds=2.0))
+    assert advdpnp.cluster.usual_seconds([made(method="TRADES")], config, 0) == 100
+    assert advdpnp.cluster.usual_seconds([made(method="standard")], config, 0) is None
+    assert advdpnp.cluster.usual_seconds([made(dataset="svhn")], config, 0) is None

@@ -447,6 +447,14 @@ X, Y = torch.rand(4, 1, 8, 8), torch.arange(4)
     ([(X - 0.5, Y)], "normalise inside the model"),
     ([(X[0], Y)], r"is torch.float32 \(1, 8, 8\)"),
     ([((255 * X).long(), Y)], "is torch.int64"),
+    ([(X, Y), (X + 1, Y)], "normalise inside the model"),
+    ([(X, Y), (X * torch.nan, Y)], "normalise inside the model"),
+    ([(X, Y.float())], r"labels of a batch of the stream are torch.float32 \(4,\): expected whole numbers"),
+    ([(X, torch.eye(4).long())], "expected whole numbers, one for each of 4 images"),
+    ([dict(image=X, label=Y)], "is a dict of image, label: expected a pair of tensors"),
+    ([(X, Y, Y)], "is a tuple of Tensor, Tensor, Tensor: expected a pair"),
+    ([(X.numpy(), Y.numpy())], "is a tuple of ndarray, ndarray: expected a pair"),
+    (iter([(X, Y)]), "the stream has no length"),
 ])
 def test_a_bad_stream(batches, message):
     with pytest.raises(ValueError, match=message):

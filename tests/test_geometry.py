@@ -300,3 +300,12 @@ def test_a_network_that_is_wrapped_is_measured(any_net, digits):
     loader = Loader(digits.x_test[:60], digits.y_test[:60], 60)
     wrapped, plain = (geometry(net, loader, PGD(0.1, steps=1)) for net in (torch.nn.DataParallel(any_net), any_net))
     assert wrapped["clean"] == plain["clean"]
+
+
+def test_features_as_a_network_or_numpy_has_them():
+    features, y = torch.randn(8, 3, requires_grad=True), torch.tensor([0, 1] * 4)
+    found = discriminability(features, y, torch.eye(2, 3))
+    assert found == discriminability(features.detach().numpy(), y.tolist(), np.eye(2, 3))
+    for wrong in ([-1, 1] * 4, [0, 2] * 4):
+        with pytest.raises(ValueError, match="expected 0 to 1, one prototype for each"):
+            discriminability(features, torch.tensor(wrong), torch.eye(2, 3))

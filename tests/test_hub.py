@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import advdpnp.hub
-from advdpnp.core import read_json, sha256_of, write_json
+from advdpnp.core import packed_weights, read_json, sha256_of, write_json
 from advdpnp.data import averaged, load_dataset
 from advdpnp.evaluation import accuracy
-from advdpnp.hub import IMAGES, about, publish, remeasured
+from advdpnp.hub import IMAGES, about, pack, publish, remeasured
 from advdpnp.prototypes import Classifier, PrototypeNet
 from advdpnp.runs import Ledger, make_config
 
@@ -92,3 +93,21 @@ def test_what_is_not_finished_not_ours_or_taken_is_not_published(tmp_path):
         publish(ledger, other, "ours")
     with pytest.raises(ValueError, match="is of other weights, measured elsewhere"):
         publish(ledger, other, "theirs")
+
+
+def test_an_older_pack_stays_until_the_new_one_is_whole(tmp_path):
+    weights = tmp_path / "runs/digits/TRADES-net-quick-s0/best.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(packed_weights({"w": torch.randn(1000)}))
+    made = pack("quick", tmp_path / "taken", tmp_path, size=100)
+    before = b"".join(path.read_bytes() for path in made)
+    assert made == sorted(made) and len(made) > 100  # `cat pack-*` puts them in order
+    assert made == sorted((tmp_path / "taken").iterdir())
+    with pytest.raises(ValueError, match="did you mean 'quick'"):
+        pack("qiuck", tmp_path / "taken", tmp_path)
+    for damage, message in ((weights.read_bytes()[:-9], "damaged"),
+                            (packed_weights({"w": torch.tensor([1e6])}), "w has numbers above 65,504")):
+        weights.write_bytes(damage)
+        with pytest.raises(ValueError, match=message):
+            pack("quick", tmp_path / "taken", tmp_path)
+        assert b"".join(path.read_bytes() for path in sorted((tmp_path / "taken").iterdir())) == before

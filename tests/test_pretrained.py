@@ -4,6 +4,7 @@ import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -58,12 +59,40 @@ def test_a_card_that_is_there_stays(tmp_path):
     assert (tmp_path / "README.md").read_text() == "of my own"
 
 
+class Longer(PrototypeNet):
+    "Takes an argument that no configuration of ours has."
+
+    def __init__(self, backbone, num_classes, more, **others):
+        super().__init__(backbone, num_classes, **others)
+
+
+def test_numbers_of_numpy_are_kept(tmp_path):
+    net = PrototypeNet("cifar_resnet8", np.arange(5).max() + 1, norm=np.float32(2.5))
+    net.save_pretrained(tmp_path)
+    again = PrototypeNet.from_pretrained(tmp_path)
+    assert again.head.num_classes == 5 and torch.equal(again.head.prototypes, net.head.prototypes)
+
+
+def test_a_wrong_configuration_is_blamed_and_not_the_weights(tmp_path):
+    PrototypeNet("cifar_resnet8", 5).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | dict(mean="abc")))
+    with pytest.raises(ValueError, match=r"config\.json is damaged or of another network"):
+        PrototypeNet.from_pretrained(tmp_path)
+
+
 def test_what_cannot_be_built_again_or_would_destroy_something_is_refused(tmp_path):
     own = nn.Sequential(nn.Flatten(), nn.Linear(64, 20))
     own.num_features = 20
     with pytest.raises(ValueError, match="PrototypeNet was given its backbone as a module, .* expected a timm name"):
         PrototypeNet(own, 10, mean=(0.3,), std=(0.4,)).save_pretrained(tmp_path / "own")
     assert not (tmp_path / "own").exists()
+    changed = LinearNet("cifar_resnet8", 10)
+    changed.head = nn.Linear(64, 5)
+    for net in (Longer("cifar_resnet8", 10, "more", mean=(0.5,), std=(0.5,)), changed):
+        with pytest.raises(ValueError, match=f"this {type(net).__name__} could not be built again from a folder"):
+            net.save_pretrained(tmp_path / "own")
+        assert not (tmp_path / "own").exists()
     (tmp_path / "config.json").write_text('{"run": {"method": "TRADES"}}')
     with pytest.raises(ValueError, match="holds something else .*expected another folder"):
         LinearNet("cifar_resnet8", 10).save_pretrained(tmp_path)

@@ -13,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import advdpnp.report
-from advdpnp.cli import app
+from advdpnp.cli import app, parse_eps
 from advdpnp.core import read_json, write_json
 from advdpnp.evaluation import evaluate, images_of, verdicts_in
-from advdpnp.report import LARGEST, first_answer, look, report, second_answer
+from advdpnp.report import LARGEST, command_of, first_answer, look, report, second_answer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = ("<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "</svg><b>&amp;", "$\\frac{$_^", "{{ 7*7 }}",
@@ -257,3 +257,18 @@ def test_files_that_are_no_records_are_refused(here, measured):
         assert not (here / f"{name}.html").exists()
     with pytest.raises(ValueError, match="expected one for each"):
         report(measured[1], [measured[0]] * 2)
+    assert first_answer(measured[1]).replace("&", "&amp;") in report("record.json").html
+    with pytest.raises(ValueError, match="there are no records to report on"):
+        report({"A": []})
+    with pytest.raises(ValueError, match="lacks accuracy of clean, .*n of clean"):
+        report(measured[1] | dict(metrics=dict(clean={})))
+
+
+def test_a_record_is_made_again_with_the_same_budget_and_numbers(measured):
+    record = measured[1]
+    words = command_of(record).split()
+    assert parse_eps(words[words.index("--eps") + 1]) == record["metrics"]["pgd20"]["attack"]["eps"]
+    metrics = copy.deepcopy(record["metrics"]) | dict(autoattack=dict(n=7, attack=dict(eps=0.2, norm="linf")))
+    assert "--autoattack-images 7" in command_of(record | dict(metrics=metrics))
+    metrics["mine"] = metrics.pop("pgd20")
+    assert command_of(record | dict(metrics=metrics)) == ""

@@ -1,5 +1,6 @@
 "A model held still: the same function, folded only where that is exact, and nothing is left behind."
 import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +14,7 @@ import advdpnp.backbones  # noqa: F401, registers its networks
 from advdpnp.attacks import PGD
 from advdpnp.prototypes import PrototypeNet
 from advdpnp.still import (Still, folding_pairs, frozen_copy, full_precision, held_still, modules_of, named_tensors,
-                           unwrapped)
+                           products_in, unwrapped)
 
 X, Y = torch.rand(16, 1, 12, 12, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
 
@@ -458,3 +459,44 @@ def test_a_function_finds_its_network_in_a_file_and_deep_in_a_dictionary(tmp_pat
     assert modules_of(lambda x: F.relu(torch.stack([x]))) == []
     much = [[[[0.5 + i + j + k for i in range(100)] for j in range(100)] for k in range(100)] for _ in range(2)]
     assert modules_of(lambda x: x + much[0][0][0][0]) == []  # and in less than a second
+
+
+def test_a_verdict_stays_in_true_float32_while_another_thread_searches():
+    inside, seen = threading.Event(), threading.Event()
+
+    def search():
+        inside.wait(10)
+        with products_in("tf32"):
+            seen.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(search)
+        with full_precision():
+            inside.set()
+            assert seen.wait(10)
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            other.result()
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    with products_in("tf32"):
+        with full_precision():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+class Ensemble(nn.Module):
+    "Its parts are in a list, so PyTorch does not see them."
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x):
+        return sum(part(x) for part in self.parts)
+
+
+def test_networks_in_a_list_are_put_into_evaluation_mode():
+    parts = [LeNet().train(), LeNet().train()]
+    net, whole = Ensemble(parts).train(), [part.eval()(X) for part in copy.deepcopy(parts)]
+    with held_still(net, X) as still, torch.no_grad():
+        assert torch.allclose(still(X), sum(whole), atol=1e-5) and not still.copied
+    assert all(part.training for part in parts)

@@ -371,8 +371,9 @@ def test_the_size_that_comes_again_is_recorded(few, monkeypatch):
     x, y = to_float(torch.from_numpy(few.x_train)), torch.from_numpy(few.y_train)
     stream = [(x[:n], y[:n]) for n in (16, 16, 16, 7)]
     torch.manual_seed(0)
-    t = Trainer(make_net("standard", small(), 10, few.mean, few.std), METHODS["standard"](), few, device="cpu", quiet=True,
-                stream=stream, epochs=4, val_attack=PGD(0.2, steps=1))
+    net = make_net("standard", small(), 10, few.mean, few.std)
+    t = Trainer(net, METHODS["standard"](), few, device="cpu", quiet=True, stream=stream, epochs=4,
+                val_attack=PGD(0.2, steps=1))
     assert t.fit() and t.one_step.given[0].shape[0] == 16 and len(replayed) == 8
 
 
@@ -383,8 +384,9 @@ def test_a_folder_goes_on_with_the_same_network_alone(few, tmp_path, changes):
         torch.manual_seed(0)
         backbone = nn.Sequential(nn.Conv2d(1, 4, 3), last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         backbone.num_features = 4
-        return Trainer(PrototypeNet(backbone, 10, mean=few.mean, std=std), METHODS["DPNP"](), few, device="cpu", quiet=True,
-                       epochs=2, batch_size=32, val_size=40, val_attack=PGD(0.2, steps=1), folder=tmp_path)
+        net = PrototypeNet(backbone, 10, mean=few.mean, std=std)
+        return Trainer(net, METHODS["DPNP"](), few, device="cpu", quiet=True, epochs=2, batch_size=32, val_size=40,
+                       val_attack=PGD(0.2, steps=1), folder=tmp_path)
 
     first = start()
     first._late = lambda deadline: first.epoch == 1
