@@ -28,7 +28,7 @@ from torch import nn
 from .attacks import CW, PGD
 from .autoattack import APGD
 from .comparison import compare, holm, intervals
-from .core import cores, one_of, read_json, replacing, write_json
+from .core import cores, one_of, own_randomness, read_json, replacing, write_json
 from .data import Dataset, stratified_order
 from .evaluation import described, evaluate_again
 from .plots import WIDTH
@@ -79,9 +79,9 @@ def with_head(
     "What makes a network with a head of some kind."
 
     def made(seed: int) -> Classifier:
-        torch.manual_seed(seed)
-        net = LinearNet(arch, images.num_classes, images.mean, images.std)
-        net.head = head(net.head.in_features, images.num_classes)
+        with own_randomness(torch.device("cpu"), seed):
+            net = LinearNet(arch, images.num_classes, images.mean, images.std)
+            net.head = head(net.head.in_features, images.num_classes)
         return net
 
     return made
