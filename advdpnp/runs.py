@@ -1128,7 +1128,9 @@ class Workers:
     def submit(self, slot, function, arguments):
         "Give a worker a piece of work; it is started if it is not there."
         if slot not in self.processes:
-            env = {"CUDA_VISIBLE_DEVICES": self.cards[slot % len(self.cards)]} if self.cards else None
+            threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // self.jobs)))  # the cores are shared
+            env = {"CUDA_VISIBLE_DEVICES": self.cards[slot % len(self.cards)]} if self.cards else {
+                "OMP_NUM_THREADS": threads}
             self.processes[slot] = ProcessPoolExecutor(1, initializer=end_with, env=env,
                                                        initargs=(os.getpid(), self.jobs == 1))
         try:

@@ -116,3 +116,14 @@ def test_a_run_whose_workers_die_again_and_again_is_given_up():
     error, = Dying(2).do(print, [("bad",), ("good",)])
     assert str(error) == "out of memory"
     assert [name for _, name in tried].count("bad") == 3 and [name for _, name in tried].count("good") == 1
+
+
+def test_workers_share_the_cores(monkeypatch):
+    "Shards of a large evaluation would otherwise use all cores each; who has said a number keeps it."
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(advdpnp.runs, "cores", lambda: 6)
+    for said, found in ((None, "3"), ("1", "1")):
+        if said:
+            monkeypatch.setenv("OMP_NUM_THREADS", said)
+        with Workers(2) as workers:
+            assert workers.submit(0, os.getenv, ["OMP_NUM_THREADS"]).result() == found
