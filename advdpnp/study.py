@@ -27,7 +27,7 @@ from torch import nn
 
 from .attacks import CW, PGD
 from .autoattack import APGD
-from .comparison import compare, holm, intervals
+from .comparison import compare, intervals
 from .core import cores, one_of, own_randomness, read_json, replacing, write_json
 from .data import Dataset, stratified_order
 from .evaluation import described, evaluate_again
@@ -313,12 +313,9 @@ def differences(
 ) -> pd.DataFrame:  # variant, metric, accuracy, difference, low, high, p, adjusted (Holm), images, seeds
     "How much better each variant is than one of them, on the same images."
     runs = {name: [r for r in records if r["method"] == name] for name in dict.fromkeys(r["method"] for r in records)}
-    seeds = {name: {r["seed"] for r in found} for name, found in runs.items()}
-    pairs = [compare({to: runs[to], name: runs[name]}, to, which).rows for name in runs
-             if name != to and seeds[name] & seeds[to]]
-    rows = pd.concat(pairs, ignore_index=True).rename(columns=dict(b="variant", accuracy_b="accuracy"))
-    rows = rows.assign(difference=-rows["difference"], low=-rows["high"], high=-rows["low"],
-                       adjusted=rows.groupby("metric")["p"].transform(holm))
+    rows = compare(runs, to, which).rows.rename(columns=dict(b="variant", accuracy_b="accuracy"))
+    rows = rows.sort_values("variant", key=lambda names: names.map([*runs].index), kind="stable", ignore_index=True)
+    rows = rows.assign(difference=-rows["difference"], low=-rows["high"], high=-rows["low"])
     return rows[["variant", "metric", "accuracy", "difference", "low", "high", "p", "adjusted", "images", "seeds"]]
 
 # %% ../nbs/75_study.ipynb #75000029
