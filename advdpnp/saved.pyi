@@ -1,12 +1,12 @@
 # Written by nbs/_stubs.py, see CONTRIBUTING.md.
 from pathlib import Path
-import numpy as np
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 __all__ = ['CARD', 'Saved', 'saved_files']
 CARD: str
-class Saved(nn.Module, PyTorchModelHubMixin, library_name='advdpnp', license='apache-2.0', pipeline_tag='image-classification', tags=['adversarial-robustness'], model_card_template=CARD, coders={np.integer: (int, int), np.floating: (float, float)}):
+class Saved(nn.Module, PyTorchModelHubMixin, library_name='advdpnp', license='apache-2.0', pipeline_tag='image-classification', tags=['adversarial-robustness'], model_card_template=CARD):
 
+    def __init_subclass__(cls, **more): ...
     def save_pretrained(self: Saved, save_directory, **more): ...
     def generate_model_card(self: Saved, *args, name='user/name', **more): ...
     @classmethod
