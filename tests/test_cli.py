@@ -367,7 +367,7 @@ def test_a_step_that_fails_is_named_when_time_runs_out(clone, monkeypatch):
     done = run("numbers", "quick", "--pack", clone / "taken")
     assert done.exit_code == 1 and "time is up" in done.stdout and "failed: notebook figure1" in done.stderr
     assert run("numbers", "quick", "--pack", clone / "taken").exit_code == 1
-    assert (clone / "taken/pack-00").exists()  # the second took the place of the first
+    assert (clone / "taken/pack-0000").exists()  # the second took the place of the first
     (clone / "taken/mine.txt").touch()
     assert "holds mine.txt: expected a new folder" in run("numbers", "quick", "--pack", clone / "taken").stderr
 
