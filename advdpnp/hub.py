@@ -184,7 +184,7 @@ def check_pack(
     folder,  # new, or with an older pack alone
 ) -> list[Path]:  # the pieces of the older pack
     "A ValueError if a folder holds anything but a pack."
-    there = sorted(Path(folder).iterdir()) if Path(folder).exists() else []
+    there = sorted(Path(folder).glob("[!.]*"))  # what a process that was killed has left begins with a dot
     if others := [path.name for path in there if not re.fullmatch(r"pack-\d+", path.name)]:
         raise ValueError(f"{folder} holds {others[0]}: expected a new folder, or one with an older pack alone")
     return there
@@ -214,7 +214,7 @@ def pack(
     small = [path for run in runs for path in sorted([*run.glob("*.json"), run / "metrics.jsonl"]) if path.exists()]
     results = sorted({*data.glob(f"results/*.{preset}*"), *data.glob("results/benchmark.*.json")})
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # the older pack stays until this one is whole
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:  # the older pack stays until this one is whole
         pieces = Pieces(Path(scratch), size)
         with tarfile.open(fileobj=pieces, mode="w|") as archive:
             for path in [*results, *small]:

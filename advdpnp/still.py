@@ -81,16 +81,16 @@ def products_in(
     thread = threading.get_ident()
     with _PRECISIONS:
         with _PRECISIONS.lock:
-            mine = _ASKED.setdefault(thread, [])
-            mine.append(precision)
-            _use_strictest()
+            _ASKED.setdefault(thread, []).append(precision)
         try:
+            with _PRECISIONS.lock:
+                _use_strictest()
             with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
                 yield
         finally:
             with _PRECISIONS.lock:
-                mine.pop()
-                if not mine:
+                _ASKED[thread].pop()
+                if not _ASKED[thread]:
                     del _ASKED[thread]
                 if _ASKED:  # a search goes on after a verdict
                     _use_strictest()
