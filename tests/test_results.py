@@ -113,6 +113,13 @@ def test_findings_are_those_of_the_records(page):
     assert f"{clean[0]:.1f} points better on clean images and {-robust[0]:.1f} points worse under AutoAttack" in prose
     assert all(undecided(change(row, metric)) for metric in rows["Adv-DPNP"]
                for row in ("both branches move prototypes", "batch statistics shared"))
+    strong, free = "alignment = 0.3", "alignment of features only = 0.3"
+    assert worse(change(strong, "cw")) and undecided(change(free, "cw"))
+    points, low, high = over_images(rows[free]["cw"], rows[strong]["cw"])
+    said = f"{points:.1f} points better"
+    assert low > 0 and f"{said} than that [{low:+.1f}, {high:+.1f}]" in prose
+    assert f"under C&W that is {said} [{low:+.1f}, {high:+.1f}]" in (ROOT / "nbs/table6.ipynb").read_text()
+    assert all(undecided(change("alignment of features only", metric)) for metric in ("clean", "cw", "autoattack"))
 
     more_classes, numbers = ({r["method"]: r["best"]["metrics"] for r in records(name)}
                              for name in ("table2.small", "table3.small.svhn10k"))

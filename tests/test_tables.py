@@ -34,12 +34,6 @@ def test_a_table_is_made_again_from_its_records(folder, stem):
     name, preset, *dataset = stem.split(".")
     table = tables.make_table(int(name[5:]), preset, *dataset, time_limit=0, device="cpu", data_dir=folder, quiet=True,
                               use_results=True)
-    if stem == "table6.small" and table.left:  # rows that came later
-        assert len(table.left) == 3 and all("alignment of features only" in line for line in table.left)
-        assert table.records == read_json(RESULTS / f"{stem}.json")
-        for suffix, text in tables.table_files(table.kind, table.records).items():
-            assert text.encode() == (RESULTS / f"{stem}{suffix}").read_bytes(), suffix
-        return
     assert (table.stem.name, table.left) == (stem, [])
     suffixes = [".json", ".csv", ".last.csv", ".md"] if table.kind == "result" else [".json", ".csv", ".md"]
     assert [path.name for path in table.files] == [f"{stem}{suffix}" for suffix in suffixes]
