@@ -1035,8 +1035,9 @@ def status(
         except (KeyError, TypeError):
             return "damaged", f"{folder / 'result.json'} holds no accuracies: move this file away"
     after = f"after {len(lines.read_bytes().splitlines()) if lines.exists() else 0} epochs"
+    claimed = {path.stem.split("-")[1] for path in folder.glob("job-*-*.json")}
     try:
-        jobs = [job for step in ("train", *RECORDS) if (job := owner(folder, step))]
+        jobs = [job for step in ("train", *RECORDS) if step in claimed and (job := owner(folder, step))]
     except ValueError as damage:
         return "damaged", str(damage)
     at = ", ".join(f"job {job['id']}{job['node'] and ' on '}{job['node']}" for job in jobs if job["id"])

@@ -590,7 +590,8 @@ def resume(self: Trainer):
     best = state["best"]
     if best and "weights" not in best:  # older states hold them
         best["weights"] = best_weights(self.folder, best["sha256"])
-    if state.get("structure", structure_of(self.net)) != structure_of(self.net):  # older states do not have it
+    structure = structure_of(self.net)
+    if state.get("structure", structure) != structure:  # older states do not have it
         raise ValueError(f"{self.folder} holds a run of another network: its layers, mean or std differ from those of "
                          f"this one. Choose another folder, or move that one away")
     try:
