@@ -69,7 +69,8 @@ PRESETS = {
                          last_autoattack_images=200, check_images=500, corruption_images=2000),
     "fast": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=15, batch_size=128, lr=0.1,
                         schedule="one-cycle", precision="bf16",
-                        padding=4, val_size=1000, steps=10, autoattack_images=1000, check_images=1000),
+                        padding=4, val_size=1000, steps=10, autoattack_images=1000, last_autoattack_images=200,
+                        check_images=1000),
     "paper": _ALL | dict(dataset="cifar10", arch="cifar_resnet18", epochs=110, batch_size=128, lr=0.1, schedule="drops",
                          padding=4, val_size=1000, steps=10, autoattack_images=None, check_images=1000),
 }
