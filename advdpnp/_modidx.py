@@ -946,6 +946,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                                 'advdpnp.tables.tradeoff_text': ('tables.html#tradeoff_text', 'advdpnp/tables.py'),
                                 'advdpnp.tables.unfinished': ('tables.html#unfinished', 'advdpnp/tables.py'),
                                 'advdpnp.tables.verdicts_of': ('tables.html#verdicts_of', 'advdpnp/tables.py'),
+                                'advdpnp.tables.with_last': ('tables.html#with_last', 'advdpnp/tables.py'),
                                 'advdpnp.tables.write_table': ('tables.html#write_table', 'advdpnp/tables.py')},
             'advdpnp.training': { 'advdpnp.training.Curves': ('training.html#curves', 'advdpnp/training.py'),
                                   'advdpnp.training.Curves.__call__': ('training.html#curves.__call__', 'advdpnp/training.py'),

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TABLES', 'KINDS', 'ABLATION', 'QUICK_ABLATION', 'SWEEPS', 'ROWS', 'LABELS', 'GEOMETRY', 'ANCHORS', 'ANGLES',
            'TRADEOFF', 'READING', 'TEXTS', 'sweep_rows', 'chosen_rows', 'chosen_seeds', 'table_runs', 'grouped',
-           'over_seeds', 'accuracies', 'checks_of', 'sizes', 'tabulate', 'interval', 'accuracy_cell', 'readable',
-           'failed_checks', 'setting', 'paired_text', 'published', 'corruption_rows', 'geometry_rows', 'numbers',
-           'corruption_text', 'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap', 'verdicts_of',
-           'fronts_apart', 'tradeoff_rows', 'tradeoff_text', 'result_text', 'table_files', 'save', 'Table', 'Plan',
-           'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table', 'data_folder', 'kept_text']
+           'over_seeds', 'accuracies', 'checks_of', 'sizes', 'tabulate', 'with_last', 'interval', 'accuracy_cell',
+           'readable', 'failed_checks', 'setting', 'paired_text', 'published', 'corruption_rows', 'geometry_rows',
+           'numbers', 'corruption_text', 'geometry_text', 'hull', 'height_gap', 'accuracies_on', 'front_gap',
+           'verdicts_of', 'fronts_apart', 'tradeoff_rows', 'tradeoff_text', 'result_text', 'table_files', 'save',
+           'Table', 'Plan', 'plan_table', 'collect', 'same_seeds', 'unfinished', 'write_table', 'make_table',
+           'data_folder', 'kept_text']
 
 # %% ../nbs/72_tables.ipynb #154364e4
 import itertools
@@ -186,6 +187,11 @@ def tabulate(
         not_run=[checks_of(seeds, which, None) for seeds in runs],
         mixed_n=[mixed(seeds) for seeds in runs],
     )
+
+# %% ../nbs/72_tables.ipynb #ba5t0002
+def with_last(records: list[dict]) -> list[dict]:
+    "The records that have the last epoch, too."
+    return [record for record in records if "last" in record]
 
 # %% ../nbs/72_tables.ipynb #df341880
 def interval(found: dict) -> str:  # with low and high, in per cent
@@ -474,7 +480,8 @@ READING = {
     "result": """\
 - Each row is a method, and each run of it one seed. Methods differ in their loss, and in the linear layer or the
   prototypes that the loss needs ([40_methods](40_methods.ipynb)). Learning rate, weight decay and loss weights were
-  chosen for each method on held-out images ([figure1](figure1.ipynb)).
+  chosen for each method on held-out images ([figure1](figure1.ipynb)). At the presets `fast` and `paper`, loss weights
+  are those chosen at `small`, and the rest was not searched.
 - Each column is an accuracy in per cent, and *n* the number of test images. An image counts under attack only if it
   was right before. *C&W* is PGD on the margin, 100 steps. *AutoAttack* is the standard cascade. *Prototype PGD*
   attacks the distances to prototypes, where there are any.
@@ -515,11 +522,13 @@ _MIXED = "Some of these records are of the first test images, as in earlier vers
 
 def result_text(records: list[dict], data_dir=None) -> str:  # data_dir: with published numbers; None: without them
     "Accuracies of the best and the last epoch in Markdown, with what failed, and published numbers below."
-    config, apart = records[0]["config"], {which: paired_text(records, which) for which in ("best", "last")}
-    parts = ["Best epoch, chosen on held-out training images:", readable(records), failed_checks(records),
-             apart["best"], "Last epoch:", readable(records, "last"), failed_checks(records, "last"),
-             apart["last"] * (apart["last"] != apart["best"]), setting(records, f"eps {config['eps']:.4g}"),
-             _MIXED * mixed_images([record["best"] for record in records])]
+    config, best, ended = records[0]["config"], paired_text(records), with_last(records)
+    parts = ["Best epoch, chosen on held-out training images:", readable(records), failed_checks(records), best]
+    if ended:
+        last = paired_text(ended, "last")
+        parts += [f"Last epoch{' of those that it was measured of' * (len(ended) < len(records))}:",
+                  readable(ended, "last"), failed_checks(ended, "last"), last * (last != best)]
+    parts += [setting(records, f"eps {config['eps']:.4g}"), _MIXED * mixed_images([r["best"] for r in records])]
     others = published(config["dataset"], data_dir) if data_dir else ""
     if others:
         size = f"{config['side']} pixels, " if config.get("side") else ""
@@ -538,7 +547,7 @@ def table_files(kind: str, records: list[dict], data_dir=None) -> dict[str, str]
     files = {".json": json.dumps(short, indent=1)}
     if kind == "result":
         return files | {".csv": tabulate(records).to_csv(index=False),
-                        ".last.csv": tabulate(records, "last").to_csv(index=False),
+                        ".last.csv": tabulate(with_last(records), "last").to_csv(index=False),
                         ".md": result_text(records, data_dir) + "\n"}
     rows, text = TEXTS[kind]
     return files | {".csv": over_seeds(rows(records)).to_csv(index=False), ".md": text(records) + "\n"}
