@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from advdpnp.comparison import by_seed, holm, paired
+from advdpnp.comparison import by_seed, compare, holm, paired
 from advdpnp.study import differences
-from advdpnp.tables import accuracies, corruption_rows, geometry_rows
+from advdpnp.tables import accuracies, corruption_rows, geometry_rows, with_last
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "data/results"
@@ -131,6 +131,37 @@ def test_findings_are_those_of_the_records(page):
     assert undecided(over_images(*(numbers[method]["autoattack"] for method in ("Adv-DPNP", "dual-branch linear"))))
     ahead = over_images(*(numbers[method]["clean"] for method in ("Adv-DPNP", "dual-branch linear")))
     assert worse(ahead) and f"Dual-branch linear is {-ahead[0]:.1f} points better on clean images; under Auto" in prose
+
+
+def test_what_is_said_of_full_size_holds(page):
+    names, tables, prose = page
+    full, readme = names["records"]("table1.fast.partial"), (ROOT / "README.md").read_text().replace("−", "-")
+    rows = compare({r["method"]: r for r in full}, "Adv-DPNP").rows.set_index(["b", "metric"])
+    apart = lambda method, *metrics: [rows.loc[(method, metric)] for metric in metrics]
+    clean, robust, cw = apart("TRADES", "clean", "pgd20", "cw")
+    assert min(clean["low"], robust["low"], cw["low"]) > 0
+    strong = {method: rows.loc[(method, "autoattack")] for method in ("TRADES", "dual-branch linear")}
+    assert all(found["low"] < 0 < found["high"] for found in strong.values())
+    assert (f"clean {clean['difference']:+.1f}, C&W {cw['difference']:+.1f}; "
+            f"AutoAttack {strong['TRADES']['difference']:+.1f}, undecided (one seed)") in readme
+    clean, robust, cw = apart("dual-branch linear", "clean", "pgd20", "cw")
+    assert clean["high"] < 0 < min(robust["low"], cw["low"])
+    assert (f"it gives {-clean['difference']:.1f} points on clean images for {robust['difference']:.1f} under PGD-20 and "
+            f"{cw['difference']:.1f} under C&W") in prose
+    assert f"(one seed): clean {clean['difference']:+.1f}, C&W {cw['difference']:+.1f}." in readme
+    for r in full:
+        last = r["history"][-1]
+        assert f"| {r['method']}, ours | 15 of 15 | {last['clean']:.1f} | {last['robust']:.1f} |" in prose
+    ended = with_last(full)
+    assert {r["method"] for r in full} - {r["method"] for r in ended} == {"dual-branch linear"}
+    for r in ended:
+        assert all(abs(r["last"]["metrics"][name]["accuracy"] - metric["accuracy"]) < 1
+                   for name, metric in r["best"]["metrics"].items())
+    reported = pd.read_csv(ROOT / "data/reported/baselines.csv").query(
+        "dataset == 'cifar10' and arch == 'ResNet-18' and method == 'TRADES' and checkpoint == 'best'")
+    least, most = (reported.groupby("metric")["value"].agg(edge).round() for edge in ("min", "max"))
+    assert (f"has {least['clean']:.0f} to {most['clean']:.0f}% on clean images, and {least['autoattack']:.0f} to "
+            f"{most['autoattack']:.0f}% under AutoAttack") in prose
 
 
 def test_what_is_said_of_records_holds(page):
