@@ -146,9 +146,12 @@ def test_what_is_said_of_full_size_holds(page):
             f"AutoAttack {strong['TRADES']['difference']:+.1f}, undecided (one seed)") in readme
     clean, robust, cw = apart("dual-branch linear", "clean", "pgd20", "cw")
     assert clean["high"] < 0 < min(robust["low"], cw["low"])
-    assert (f"it gives {-clean['difference']:.1f} points on clean images for {robust['difference']:.1f} under PGD-20 and "
-            f"{cw['difference']:.1f} under C&W") in prose
-    assert f"(one seed): clean {clean['difference']:+.1f}, C&W {cw['difference']:+.1f}." in readme
+    assert (f"it gives {-clean['difference']:.1f} points on clean images for {robust['difference']:.1f} under PGD-20 "
+            f"and {cw['difference']:.1f} under C&W") in prose
+    assert f"consistency weights): clean {clean['difference']:+.1f}, C&W {cw['difference']:+.1f}." in readme
+    weights = {r["method"]: r["config"].get("consistency") for r in full}
+    assert weights["Adv-DPNP"] == 3 and weights["dual-branch linear"] == 1
+    assert "the consistency has weight 3 in Adv-DPNP and 1 there" in prose
     for r in full:
         last = r["history"][-1]
         assert f"| {r['method']}, ours | 15 of 15 | {last['clean']:.1f} | {last['robust']:.1f} |" in prose

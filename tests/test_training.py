@@ -587,7 +587,7 @@ def test_bf16_trains_float32_weights_on_images_inside_the_ball(few, monkeypatch,
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
-@pytest.mark.parametrize("device", DEVICES)  # a GPU is rarely at hand, so the CPU tells whether the test itself is right
+@pytest.mark.parametrize("device", DEVICES)  # a CPU tells whether the test itself is right
 def test_a_gpu_trains_in_bf16_and_resumes(digits, tmp_path, device):
     make = lambda: trainer(digits, tmp_path, backbone="cifar_resnet8", method=AdvDPNP(eps=0.2, steps=2),
                            epochs=4, batch_size=64, val_size=200, device=device, precision="bf16")
