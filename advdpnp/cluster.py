@@ -41,7 +41,7 @@ def seconds_of(
     "How long a run was trained, and how long it took to make this record of it."
     if "best" not in record:
         return None, record["seconds"]
-    measured = {record[which]["sha256"]: record[which]["seconds"] for which in ("best", "last")}
+    measured = {record[which]["sha256"]: record[which]["seconds"] for which in ("best", "last") if which in record}
     return record["training_seconds"], sum(measured.values())
 
 # %% ../nbs/71_cluster.ipynb #ab9c70fc

@@ -106,6 +106,8 @@ def by_seed(
 ) -> dict[int, dict]:  # seed to what is seen
     "What the records of one model say, seed by seed."
     records = [records] if isinstance(records, dict) else records
+    if any("best" in r and which not in r for r in records):
+        raise ValueError("its last epoch was not measured")
     found = {r["seed"] if "config" in r else i: seen_in(r[which] if which in r else r) for i, r in enumerate(records)}
     if len(found) < len(records):
         raise ValueError("two records are of the same seed: expected one of each")

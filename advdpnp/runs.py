@@ -877,7 +877,7 @@ def result(
     if not path.exists():
         return self.kept(config, kind) if self.use_results else None
     self.check(config)
-    record = read_json(path, "config", "best" if kind == "result" else "sha256")
+    record = read_json(path, "config", *(("best", "last") if kind == "result" else ("sha256",)))
     data = self._datasets.get(key_of_data(config))  # if it was wanted already
     if data and record["data_sha256"] != data.sha256:
         raise ValueError(f"{path} is of other images than those of {config['dataset']} now (their SHA-256 differs): "

@@ -481,7 +481,8 @@ READING = {
 - Each row is a method, and each run of it one seed. Methods differ in their loss, and in the linear layer or the
   prototypes that the loss needs ([40_methods](40_methods.ipynb)). Learning rate, weight decay and loss weights were
   chosen for each method on held-out images ([figure1](figure1.ipynb)). At the presets `fast` and `paper`, loss weights
-  are those chosen at `small`, and the rest was not searched.
+  are those chosen at `small`. The learning rate and the weight decay are the same for all; at `small` these were
+  chosen for Adv-DPNP and dual-branch linear, and others for the rest.
 - Each column is an accuracy in per cent, and *n* the number of test images. An image counts under attack only if it
   was right before. *C&W* is PGD on the margin, 100 steps. *AutoAttack* is the standard cascade. *Prototype PGD*
   attacks the distances to prototypes, where there are any.

@@ -14,6 +14,7 @@ from advdpnp.core import read_json
 from advdpnp.evaluation import accuracy, packed, verdicts_in
 
 RESULTS = ROOT / "data/results"
+MISSING = {"table1.fast.partial": {"standard", "PGD-AT", "MART", "DPNP"}}
 STEMS = sorted(path.stem for path in RESULTS.glob("table*.json"))
 
 
@@ -34,7 +35,8 @@ def test_a_table_is_made_again_from_its_records(folder, stem):
     name, preset, *dataset = stem.removesuffix(".partial").split(".")
     table = tables.make_table(int(name[5:]), preset, *dataset, time_limit=0, device="cpu", data_dir=folder, quiet=True,
                               use_results=True)
-    assert (table.stem.name, not table.left) == (stem, not stem.endswith(".partial"))
+    assert table.stem.name == stem
+    assert {run.split(",")[0] for run in table.left} == MISSING.get(stem, set())
     suffixes = [".json", ".csv", ".last.csv", ".md"] if table.kind == "result" else [".json", ".csv", ".md"]
     assert [path.name for path in table.files] == [f"{stem}{suffix}" for suffix in suffixes]
     for path in table.files:
