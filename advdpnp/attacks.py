@@ -560,7 +560,7 @@ def with_prototypes(
         raise ValueError(f"{name} has no prototypes to attack: expected a PrototypeNet")
     return still
 
-
+# %% ../nbs/30_attacks.ipynb #823bef0c
 def _closer_to_another(net, x_adv, y):
     logits, own, other = prototype_distances(net, x_adv, y)
     return logits, own - other
@@ -570,7 +570,7 @@ def _out_of_alignment(net, x_adv, y):
     logits, own, _ = prototype_distances(net, x_adv, y)
     return logits, own
 
-
+# %% ../nbs/30_attacks.ipynb #823bef1c
 @dataclass(frozen=True)
 class PrototypePGD(PGD):
     "Gradient ascent on distances to prototypes: to the own one minus to the nearest other, then to the own one alone."

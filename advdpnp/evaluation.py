@@ -453,7 +453,7 @@ def source_of(
         return ""
     return hashlib.sha256(text.encode()).hexdigest()
 
-
+# %% ../nbs/60_evaluation.ipynb #60a0000c
 def probed(
     still: nn.Module,  # a `Still`
     plan: Plan,

@@ -105,7 +105,7 @@ def adversarial_terms(
     cross_entropy=F.cross_entropy,  # of logits and labels
     consistency: str = "kl",  # one of `CONSISTENCIES`
     detach: bool = True,  # False: these terms move the prototypes, too
-    alignment_moves: str = "both",  # or "features": in the alignment, prototypes are constants anyway
+    alignment_moves: str = "both",  # or "features": prototypes are constants in the alignment even if detach is False
 ) -> dict:  # of scalars
     "The terms that see adversarial features."
     anchors = head.prototypes.detach() if detach or alignment_moves == "features" else head.prototypes
