@@ -958,6 +958,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                                   'advdpnp.training.Recorded.__call__': ('training.html#recorded.__call__', 'advdpnp/training.py'),
                                   'advdpnp.training.Recorded.__init__': ('training.html#recorded.__init__', 'advdpnp/training.py'),
                                   'advdpnp.training.Recorded._as_it_is': ('training.html#recorded._as_it_is', 'advdpnp/training.py'),
+                                  'advdpnp.training.Recorded._call': ('training.html#recorded._call', 'advdpnp/training.py'),
                                   'advdpnp.training.Recorded._record': ('training.html#recorded._record', 'advdpnp/training.py'),
                                   'advdpnp.training.Recorded._replay': ('training.html#recorded._replay', 'advdpnp/training.py'),
                                   'advdpnp.training.Recorded.places': ('training.html#recorded.places', 'advdpnp/training.py'),

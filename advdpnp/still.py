@@ -498,7 +498,8 @@ class Still(nn.Module):
         self.copied, (self.copy, self.pairs) = copied, folded_copy(self.model, some) if copied else (model, [])
         if dtype is not None and not self._cast(dtype, some):
             self.copy, self.pairs = folded_copy(self.model, some)
-        self.__dict__["run"] = self.copy  # or the copy, compiled
+        self.__dict__["run"] = self.copy  # or the copy, compiled for images of this size
+        self.__dict__["size"] = None
         self.static, self.shapes = named_tensors(self.copy), shapes(named_tensors(self.model))
 
     def _images(self, x):
@@ -506,7 +507,7 @@ class Still(nn.Module):
 
     def forward(self, x):
         "The logits of images (B, C, H, W): (B, K), in float32 or wider."
-        said = logits_of(self.run, self._images(x))
+        said = logits_of(self.run if x.shape == self.size else self.copy, self._images(x))
         return said.to(torch.promote_types(torch.promote_types(said.dtype, x.dtype), torch.float32))
 
     def __getattr__(self, name):
@@ -557,19 +558,25 @@ def _cast(self: Still, dtype, some=None) -> bool:
 
 # %% ../nbs/96_still.ipynb #b82af0ac
 @patch
-@torch.no_grad()
+@torch.enable_grad()
 def compile_copy(
     self: Still,
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]: a batch of the usual size
 ):
     "Compute with a compiled copy from now on, if that works here."
-    run, x = torch.compile(self.copy, dynamic=False), self._images(x)
+    run, x = torch.compile(self.copy, dynamic=False), self._images(x.detach()).requires_grad_()
+    limit = torch._dynamo.config
+    limit.recompile_limit = max(64, limit.recompile_limit)  # networks of one process are counted together
     try:
-        mine, theirs = run(x), self.copy(x)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # nobody asked for them
+            mine, theirs = run(x), self.copy(x)
+            if mine.requires_grad:  # its gradient is compiled, too
+                torch.autograd.grad(mine.sum(), x, allow_unused=True)
     except Exception as error:  # no compiler, no Triton, or a network that it does not understand
         return warnings.warn(f"torch.compile does not work here, so attacks are slower: {str(error).strip()[:300]}")
-    if close(mine, theirs, 0.1):
-        self.__dict__["run"] = run
+    if close(mine.detach(), theirs.detach(), 0.1):
+        self.__dict__["run"], self.__dict__["size"] = run, x.shape
 
 # %% ../nbs/96_still.ipynb #7adbdf83
 _ONE_AT_A_TIME = threading.RLock()

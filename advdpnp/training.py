@@ -10,6 +10,7 @@ __all__ = ['SCHEDULES', 'one_cycle', 'drops', 'perturbed', 'move_average', 'Loss
 
 # %% ../nbs/50_training.ipynb #99934a07
 import dataclasses
+import gc
 import hashlib
 import io
 import json
@@ -207,9 +208,11 @@ def record(
     parameters: list,  # in whose `grad`
 ):  # () to the same tensors, with new values
     "A CUDA graph of what `run()` does: nothing is done now, and the same each time that it is called."
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    gc.collect()  # a graph that is freed in the middle of a recording would spoil it
+    graph, before, own = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may load batches meanwhile
+        # other threads may load batches meanwhile
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
             result = run()
     except BaseException:
         torch.cuda.set_stream(before)  # where a recording fails, PyTorch leaves its own stream in place
@@ -231,7 +234,7 @@ class Recorded:
     first = 3  # steps that are run as they are: in the first, operations are looked at; then the copy is compiled
 
     def __init__(self, step: Step, device: torch.device):
-        self.step, self.calls, self.again = step, 0, None
+        self.step, self.device, self.calls, self.again = step, device, 0, None
         self.seen = None  # the shape of the batch before
         self.why = None  # why the step is not recorded; None: it is, or will be
         if not has_graphs(device):
@@ -268,15 +271,17 @@ def _as_it_is(self: Recorded, x, y, noise):
 @patch
 def _record(self: Recorded, x, y, noise):
     "Record the step on tensors of its own."
+    self.again = None  # before another takes its place, its memory is free
     self.given = [None if value is None else value.clone() for value in (x, y, noise)]
     try:
         self.again = record(lambda: self.step(*self.given), [*self.step.net.parameters()])
     except RuntimeError as error:
-        self.why = f"recording failed ({error})"
+        cause = str(error.__context__ or error).partition("\n")[0]  # the end of a recording that failed fails, too
+        self.why = f"recording failed ({cause})"
         warnings.warn(f"a training step is run as it is, which is slower: {self.why}")
     self.where = self.places()
 
-
+# %% ../nbs/50_training.ipynb #78a32b02
 @patch
 def _replay(self: Recorded, x, y, noise):
     "What was recorded, for another batch."
@@ -286,10 +291,10 @@ def _replay(self: Recorded, x, y, noise):
     loss, terms = self.again()
     return loss.clone(), {name: term.clone() for name, term in terms.items()}
 
-
+# %% ../nbs/50_training.ipynb #78a32b04
 @patch
-def __call__(self: Recorded, x, y, noise):
-    "The loss of a batch, and its terms; gradients are in `p.grad`."
+def _call(self: Recorded, x, y, noise):
+    "The step, recorded if it can be and is not yet."
     before, self.seen = self.seen, x.shape
     if self.why or self.calls < self.first or self.again is None and x.shape != before:
         return self._as_it_is(x, y, noise)
@@ -298,6 +303,13 @@ def __call__(self: Recorded, x, y, noise):
     if self.why or x.shape != self.given[0].shape:
         return self._as_it_is(x, y, noise)
     return self._replay(x, y, noise)
+
+# %% ../nbs/50_training.ipynb #78a32b06
+@patch
+def __call__(self: Recorded, x, y, noise):
+    "The loss of a batch, and its terms; gradients are in `p.grad`."
+    with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        return self._call(x, y, noise)
 
 # %% ../nbs/50_training.ipynb #c024
 def save_best(

@@ -46,6 +46,7 @@ class Recorded:
     first: ClassVar[int]
     again: Any
     calls: Any
+    device: Any
     given: Any
     seen: Any
     step: Any
