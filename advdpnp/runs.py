@@ -29,6 +29,7 @@ import subprocess
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -1190,6 +1191,8 @@ def stop(self: Workers, tasks: list):  # that are running
 
 @patch
 def __enter__(self: Workers):
+    # loky replaces a worker that has grown by a data set, and warns of a memory leak
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
     return self
 
 

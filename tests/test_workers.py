@@ -2,6 +2,7 @@
 import os
 import signal
 import time
+import warnings
 from concurrent.futures import Future
 from unittest import mock
 
@@ -17,6 +18,12 @@ from advdpnp.training import Trainer
 from conftest import TINY
 
 CONFIGS = [make_config("standard", "quick", seed, "cpu", **TINY | dict(epochs=2)) for seed in (0, 1)]
+
+
+def test_a_worker_that_is_replaced_because_it_has_grown_is_no_news(recwarn):
+    with Workers(1):
+        warnings.warn("A worker stopped while some jobs were given to the executor. [...] or by a memory leak.")
+    assert not recwarn.list
 
 
 @pytest.fixture
