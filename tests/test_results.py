@@ -210,6 +210,16 @@ def test_what_the_attacks_say_at_full_size(page):
     assert f"have {' to '.join(edges(reported, 'autoattack'))} under AutoAttack" in (ROOT / "README.md").read_text()
 
 
+def test_what_is_said_of_the_authors_code_holds(page):
+    names, tables, prose = page
+    record = json.loads((RESULTS / "benchmark.cpu.json").read_text())
+    cascades = [row for row in record["verdicts"]["agreement"] if row["attack"] == "cascade"]
+    assert len(cascades) == 4 and all(abs(row["ours"] - row["official"]) < 0.5 for row in cascades)
+    photos, found = record["photos"]["images"], record["photos"]["races"]["cascade, pyautoattack"]
+    assert found["differ"] == 0 and f"On {photos} test images of CIFAR-10" in prose
+    assert f"both leave {found['ours']:.1f}%, and the verdicts are the same on every image" in prose
+
+
 def test_what_is_said_of_records_holds(page):
     names, tables, prose = page
     first, corrupted = (names["records"](f"table{number}.small") for number in (1, 4))
