@@ -565,8 +565,8 @@ def compile_copy(
 ):
     "Compute with a compiled copy from now on, if that works here."
     run, x = torch.compile(self.copy, dynamic=False), self._images(x.detach()).requires_grad_()
-    limit = torch._dynamo.config
-    limit.recompile_limit = max(64, limit.recompile_limit)  # networks of one process are counted together
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)  # networks of one process are counted together
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # nobody asked for them
