@@ -701,8 +701,7 @@ def model(self: Ledger, config, which="best"):
     if result.exists() and read_json(result)[which]["sha256"] != self.sha256(config, which):
         raise ValueError(f"{path} is not the file that was measured (its sha256 differs): put that file back, or move "
                          f"{path.parent} away to train this run again")
-    layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
-    return load_checkpoint(path)[0].to(self.device, memory_format=layout)
+    return load_checkpoint(path)[0].to(self.device, memory_format=torch.channels_last)
 
 # %% ../nbs/70_runs.ipynb #a67efb42
 @patch
