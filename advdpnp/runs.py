@@ -11,8 +11,8 @@ __all__ = ['PRESETS', 'BUDGETS', 'EPOCHS', 'RATES', 'CHOSEN', 'FEW', 'PLANS', 'F
            'at_work', 'is_running', 'Ledger', 'key_of_data', 'fewer_held_out', 'title', 'attacks_of', 'chosen_by',
            'attacked_epoch', 'attacked', 'some_images', 'chosen_images', 'under_corruptions', 'shape_of_features',
            'broken_in_turn', 'tradeoff', 'mixed_images', 'check_same_images', 'identity', 'seconds_left',
-           'other_machines', 'training_left', 'measuring_left', 'status', 'cards', 'end_with', 'do_step', 'in_worker',
-           'Workers', 'share_work']
+           'other_machines', 'seconds_of', 'training_left', 'measuring_left', 'status', 'cards', 'end_with', 'do_step',
+           'in_worker', 'Workers', 'share_work']
 
 # %% ../nbs/70_runs.ipynb #d66c84b8
 import dataclasses
@@ -79,7 +79,7 @@ PRESETS = {
 # %% ../nbs/70_runs.ipynb #4b2d72d7
 BUDGETS = {"digits": dict(eps=0.2), "svhn": dict(eval_step_size=1 / 255), "svhn10k": dict(eval_step_size=1 / 255)}
 EPOCHS = {("small", "svhn10k"): 30}  # where not the preset's
-RATES = {"svhn": 0.01, "svhn10k": 0.01}  # the field's, where nobody has searched
+RATES = {"svhn": 0.01, "svhn10k": 0.01}  # as is usual; at fast and paper
 
 
 def budget_of(dataset: str) -> dict:
@@ -549,7 +549,8 @@ def at_work(
     if job and job["id"] != this_job():
         gone = "" if shutil.which("squeue") else (f". There is no SLURM here: if the job is no more, remove "
                                                   f"{claims(folder, step)[-1]}")
-        raise RuntimeError(f"job {job['id']} of SLURM has {folder}: wait for it, or end it with scancel{gone}")
+        who = f"job {job['id']} of SLURM" if job["id"] else "a job that is being submitted"
+        raise RuntimeError(f"{who} has {folder}: wait for it, or end it with scancel{gone}")
     try:
         lock.acquire()
     except Timeout:
@@ -994,6 +995,16 @@ def run(
         record = self.measure(config, seconds_left(deadline))
     return record
 
+# %% ../nbs/70_runs.ipynb #844973ff
+def seconds_of(
+    record: dict,  # of a run
+) -> tuple[float | None, float]:  # None where a record does not say it
+    "How long a run was trained, and how long it took to make this record of it."
+    if "best" not in record:
+        return None, record["seconds"]
+    measured = {record[which]["sha256"]: record[which]["seconds"] for which in ("best", "last") if which in record}
+    return record["training_seconds"], sum(measured.values())
+
 # %% ../nbs/70_runs.ipynb #b60ee16a
 def training_left(
     folder: Path,  # of a run
@@ -1016,8 +1027,7 @@ def measuring_left(
     taken = []
     for path in folder.parent.glob(f"{like}/result.json"):
         with suppress(ValueError, KeyError, TypeError):  # a damaged one says nothing of this run
-            found = read_json(path, "best", "last")
-            taken.append(sum({found[which]["sha256"]: found[which]["seconds"] for which in ("best", "last")}.values()))
+            taken.append(seconds_of(read_json(path, "best"))[1])
     spent = sum(read_json(path).get("seconds", 0) for path in folder.glob("result-*.json"))
     return max(0.0, sum(taken) / len(taken) - spent) if taken else None
 
@@ -1104,13 +1114,13 @@ def do_step(data_dir, device, quiet, keep_going, tensorboard, step, config, dead
         ledger.measure(config, left, step)
 
 
-def in_worker(*arguments):
-    "A step of one run in a worker, unless that was asked to stop."
+def in_worker(function, *arguments):
+    "What a function gives, in a worker that can be asked to stop; a KeyboardInterrupt if it was."
     if _HERE["stopped"]:
         raise KeyboardInterrupt
     _HERE["busy"] = True
     try:
-        do_step(*arguments)
+        return function(*arguments)
     finally:
         _HERE["busy"] = False
 
@@ -1136,7 +1146,7 @@ class Workers:
             self.processes[slot] = ProcessPoolExecutor(1, initializer=end_with, env=env,
                                                        initargs=(os.getpid(), self.jobs == 1))
         try:
-            return self.processes[slot].submit(function, *arguments)
+            return self.processes[slot].submit(in_worker, function, *arguments)
         except BrokenProcessPool:  # it has died while it had nothing to do
             self.end(slot)
             return self.submit(slot, function, arguments)
@@ -1162,7 +1172,7 @@ def do(
             for task in wait(running, return_when=FIRST_COMPLETED)[0]:
                 slot, piece, tries = running.pop(task)
                 error = task.exception()
-                died = isinstance(error, BrokenProcessPool)
+                died = isinstance(error, (BrokenProcessPool, KeyboardInterrupt))  # killed, or asked to stop
                 if died:
                     self.end(slot)
                 if died and tries < 3:
@@ -1182,7 +1192,8 @@ def stop(self: Workers, tasks: list):  # that are running
     try:
         for worker in self.processes.values():
             for pid in [*worker._processes]:
-                os.kill(pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it has just died
+                    os.kill(pid, signal.SIGTERM)
         wait(tasks, self.patience)  # not cancelled: loky then forgets to end its processes
     finally:
         self.__exit__(KeyboardInterrupt)
@@ -1213,7 +1224,7 @@ def share_work(
     how = ledger.data_dir, ledger.device.type, ledger.quiet, ledger.keep_going, ledger.tensorboard, step
     work, errors = [(*how, config, deadline) for config in configs], []
     if workers.jobs > 1 and len(work) > 1 or workers.cards:
-        return workers.do(in_worker, work)
+        return workers.do(do_step, work)
     for arguments in work:
         try:
             do_step(*arguments)
@@ -1236,6 +1247,24 @@ def missing(
             found.setdefault(self.folder(plain), plain)
     return [*found.values()]
 
+# %% ../nbs/70_runs.ipynb #9fc4e36f
+@patch
+def readable(
+    self: Ledger,
+    configs: list[dict],
+    kind: str,  # one of `RECORDS`
+) -> tuple[list[dict], list[ValueError]]:
+    "The runs whose folders can be read and gone on with, and the errors of the others."
+    fine, errors = [], []
+    for config in configs:
+        try:
+            if self.result(config, kind) is None:
+                self.check(config)
+            fine.append(config)
+        except ValueError as error:
+            errors.append(error)
+    return fine, errors
+
 # %% ../nbs/70_runs.ipynb #e9b0916a
 @patch
 def run_all(
@@ -1246,12 +1275,13 @@ def run_all(
     kind: str = "result",  # one of `RECORDS`
 ) -> list[dict | None]:  # their records in order; None where time ran out
     "Records of several runs, made side by side; if some fail, the first error is raised when the others are done."
-    deadline, errors = None if time_limit is None else time.monotonic() + time_limit, []
-    missing = self.missing(configs, kind) if time_limit is None or time_limit > 0 else []
+    deadline = None if time_limit is None else time.monotonic() + time_limit
+    fine, errors = self.readable(configs, kind)
+    missing = self.missing(fine, kind) if time_limit is None or time_limit > 0 else []
     for config in missing:  # downloaded or made once, and not by every worker
         self.corrupted(config) if kind == "corruptions" else self.dataset(config)
     gpus = cards(self.device)
-    jobs = (len(gpus) or cores()) if jobs == "auto" else jobs
+    jobs = (len(gpus) or cores()) if jobs == "auto" else check_jobs(jobs)
     with Workers(min(jobs, len(missing)), gpus) as workers:
         for step in ("train", kind):  # measured when all are trained: an undefended network may be among them
             left = [config for config in missing if self.trained(config) == (step == kind)
