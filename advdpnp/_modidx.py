@@ -121,6 +121,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/advdpnp', 'doc_host': 'htt
                              'advdpnp.cli.import_place': ('cli.html#import_place', 'advdpnp/cli.py'),
                              'advdpnp.cli.in_jobs': ('cli.html#in_jobs', 'advdpnp/cli.py'),
                              'advdpnp.cli.in_shards': ('cli.html#in_shards', 'advdpnp/cli.py'),
+                             'advdpnp.cli.left_at_report': ('cli.html#left_at_report', 'advdpnp/cli.py'),
                              'advdpnp.cli.main': ('cli.html#main', 'advdpnp/cli.py'),
                              'advdpnp.cli.measure_model': ('cli.html#measure_model', 'advdpnp/cli.py'),
                              'advdpnp.cli.needed_arguments': ('cli.html#needed_arguments', 'advdpnp/cli.py'),

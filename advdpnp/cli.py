@@ -6,10 +6,10 @@
 __all__ = ['app', 'parse_eps', 'parse_time', 'parse_value', 'parse_settings', 'others_code', 'forget_neighbours', 'import_place',
            'find_function', 'needed_arguments', 'import_model', 'write_anything', 'as_typed', 'plain_errors', 'show',
            'say_version', 'main', 'examples', 'open_model', 'open_images', 'say', 'say_data', 'find_budget',
-           'choose_attacks', 'record_path', 'check_request', 'measure_model', 'write_robustbench', 'write_report',
-           'opened', 'Shard', 'Whole', 'shard_files', 'claim_shards', 'in_shards', 'in_jobs', 'record_of',
-           'evaluate_command', 'data_of', 'new_file', 'report_command', 'compare_command', 'run_together', 'train',
-           'runs', 'parse_jobs', 'show_bill', 'table', 'publish', 'run_notebook', 'notebook', 'command_of',
+           'choose_attacks', 'record_path', 'check_request', 'left_at_report', 'measure_model', 'write_robustbench',
+           'write_report', 'opened', 'Shard', 'Whole', 'shard_files', 'claim_shards', 'in_shards', 'in_jobs',
+           'record_of', 'evaluate_command', 'data_of', 'new_file', 'report_command', 'compare_command', 'run_together',
+           'train', 'runs', 'parse_jobs', 'show_bill', 'table', 'publish', 'run_notebook', 'notebook', 'command_of',
            'nothing_to_do', 'end', 'run_step', 'work_through', 'tables_of', 'numbers', 'doctor']
 
 # %% ../nbs/78_cli.ipynb #c9890d85
@@ -86,8 +86,10 @@ def parse_settings(
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"setting {text!r}: expected key=value, such as lr=0.05")
-        if key in ("method", "preset", "seed", "device"):
+        if key in ("method", "preset", "seed", "device", "dataset"):
             raise ValueError(f"setting {text!r}: {key} has a place of its own in the command, see --help")
+        if key in settings:
+            raise ValueError(f"setting {text!r}: {key} is given twice")
         settings[key] = parse_value(key, value)
     return settings
 
@@ -348,7 +350,7 @@ def record_path(
 
 # %% ../nbs/78_cli.ipynb #6f31a559
 def check_request(
-    output: Path,
+    output: Path | None,  # None: it may be there
     robustbench: Path | None,
     autoattack_images: int | None,
     attacks: list,
@@ -369,6 +371,12 @@ def check_request(
     if robustbench and (images or autoattack_images or not has_autoattack):
         raise ValueError("--robustbench needs the attack autoattack on the whole test set: leave --images and "
                          "--autoattack-images out")
+
+# %% ../nbs/78_cli.ipynb #369d342a
+def left_at_report(output: Path, report: Path | None) -> dict | None:
+    "The record that this very command has written, if it was interrupted before its report; else None."
+    record = read_json(output) if report and output.exists() and not report.exists() else {}
+    return record if record.get("command") == as_typed() else None
 
 # %% ../nbs/78_cli.ipynb #dd8ba9f8
 def measure_model(
@@ -564,8 +572,11 @@ def in_jobs(cluster, shards: int, output: Path, words: tuple, twin: str | None, 
     return read_json(output)
 
 # %% ../nbs/78_cli.ipynb #27687274
-def record_of(there, shards: int, output: Path, found: tuple, *work) -> dict | None:  # found: from `opened`
+def record_of(there, shards: int, output: Path, found: tuple, words: tuple, twin: str | None, options: dict):
     "The record of an evaluation: by jobs, in shards, or at once; None if there are jobs that are not waited for."
+    work = words, twin, options
+    if twin:
+        open_model(twin)  # a mistake in its name should not wait for the attacks
     if there:
         return in_jobs(there, shards, output, *work)
     return in_shards(shards, output, *work, found) if shards > 1 else Whole()(None, [], output, *work, found)
@@ -594,11 +605,12 @@ def evaluate_command(
         net, config, data, chosen, budget = found = opened(*words[:5], "cpu" if there else device, data_dir)
         say_data(data)
         output = output or record_path(model, config, f"{data.name}-{norm}-{budget:.4g}")
+        record = left_at_report(output, report)
         if not (there and output.with_name(f".{output.name}.shards").exists()):  # its jobs may have written it
-            check_request(output, robustbench, autoattack_images, chosen, report, images)
+            check_request(None if record else output, robustbench, autoattack_images, chosen, report, images)
         options = dict(images=images, batch_size=batch_size, seed=seed, quiet=quiet,
                        limits={"autoattack": autoattack_images} if autoattack_images else None)
-        record = record_of(there, shards, output, found, words, twin, options)
+        record = record or record_of(there, shards, output, found, words, twin, options)
         if record is None:
             return typer.echo(f"submitted; the same command waits, and shows {output}")
         if robustbench:
@@ -616,13 +628,15 @@ def data_of(
     name: str,  # of a data set, as `open_images` takes it
     data_dir: Path,
 ):
-    "The data set that a record is of: for a run, made smaller as the run did."
-    from advdpnp.data import load_dataset
+    "The data set that a record is of, made smaller as the record says."
+    from advdpnp.data import averaged, load_dataset
     from advdpnp.runs import Ledger
 
     config = record.get("config")
-    return Ledger(data_dir, "cpu", quiet=True).dataset(config | {"dataset": name}) if config else load_dataset(
-        name, data_dir)
+    if config:
+        return Ledger(data_dir, "cpu", quiet=True).dataset(config | {"dataset": name})
+    data, side = load_dataset(name, data_dir), re.fullmatch(r".*-(\d+)px", record.get("dataset", ""))
+    return averaged(data, int(side[1])) if side and data.sha256 != record["data_sha256"] else data
 
 
 def new_file(file: Path) -> Path:
@@ -688,10 +702,9 @@ def run_together(
     "Train a run in all processes that `torchrun` has started, and measure it in the first."
     from advdpnp.data import OFFICIAL
     from advdpnp.parallel import share, together, wait_for_all
-    from advdpnp.runs import Ledger, fewer_held_out
+    from advdpnp.runs import Ledger, fewer_held_out, seconds_left
 
     deadline = None if seconds is None else time.monotonic() + seconds
-    left = lambda: None if deadline is None else max(0.0, deadline - time.monotonic())
     with together(device) as place:
         rank = share()[0]
         ledger = Ledger(data_dir, place, quiet or rank > 0, keep_going=keep_going, tensorboard=tensorboard)
@@ -704,9 +717,10 @@ def run_together(
             if rank == 0:
                 ledger.dataset(config)  # downloaded once
             wait_for_all()
-            ledger.train(config, left())
+            ledger.train(config, seconds_left(deadline))
     if rank == 0:
-        return ledger, config, ledger.measure(config, left()) if ledger.trained(config) else None
+        left = seconds_left(deadline)
+        return ledger, config, ledger.measure(config, left) if ledger.trained(config) else None
 
 # %% ../nbs/78_cli.ipynb #0064dea1
 _Method = Annotated[str, typer.Argument(
@@ -1037,7 +1051,7 @@ def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _
             from advdpnp import hub
 
             hub.check_pack(pack)
-        failed, words = [], []
+        failed, words, stopped = [], [], None
         if cluster:
             words += ["--cluster", cluster, "--at-once", at_once, *["--no-wait"] * no_wait]
             words += [word for text in slurm or [] for word in ("--slurm", text)]
@@ -1045,8 +1059,12 @@ def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _
             work_through(plan, preset, 60 * minutes, failed, tuple(map(str, words)), device)
         except TimeoutError:
             typer.echo("time is up; the same command goes on")
+        except ValueError as error:  # what somebody has to do first; what there is, is packed
+            stopped = error
         if pack:
             typer.echo("\n".join(map(str, hub.pack(preset, pack))))
+        if stopped:
+            raise stopped
         if failed:
             raise RuntimeError(f"failed: {'; '.join(failed)}. What went wrong is said above")
 
@@ -1058,6 +1076,7 @@ def doctor(data_dir: _DataDir = Path("data")):
 
     with plain_errors():
         findings = examine(data_dir)
-    show("\n".join(map(str, findings)))
+    for finding in findings:
+        say(str(finding))
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)

@@ -220,12 +220,11 @@ def pack(
             for path in [*results, *small]:
                 if not path.is_symlink():  # which could lead anywhere
                     archive.add(path, path.relative_to(data))
-            for run in runs:
-                if (run / "best.safetensors").exists():
-                    weights = packed_weights(halved(run / "best.safetensors"))
-                    member = tarfile.TarInfo((run.relative_to(data) / "best.half.safetensors").as_posix())
-                    member.size = len(weights)
-                    archive.addfile(member, io.BytesIO(weights))
+            for weights in sorted(data.glob(f"runs/*/*-{preset}-s[0-9]*/best.safetensors")):
+                half = packed_weights(halved(weights))
+                member = tarfile.TarInfo(weights.relative_to(data).with_name("best.half.safetensors").as_posix())
+                member.size = len(half)
+                archive.addfile(member, io.BytesIO(half))
         for old in older:
             old.unlink()
         return [path.rename(folder / path.name) for path in pieces.paths]

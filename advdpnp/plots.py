@@ -439,7 +439,7 @@ def write_apart(
     others: np.ndarray,  # (Q, 2) in data, which no label may hide
     **style,  # of the text
 ):
-    "A label beside each point; none touches another, or a point, or leaves the axes."
+    "A label beside each point; where there is room, none touches another or a point, or leaves the axes."
     side, scale = np.array([-4, -4, 4, 4]), ax.figure.dpi / 72
     taken = [Bbox.from_extents(*(np.tile(dot, 2) + side * scale)) for dot in ax.transData.transform([*points, *others])]
     turns = np.radians(np.arange(45, 405, 30))
@@ -493,8 +493,8 @@ def along(
          "Further up and further right is better. First the fronts of all methods. Then the runs of each method "
          "before the fronts of the others, with their 95% intervals over images, or the standard deviations of several "
          "seeds. Their settings are β, λ for the weight of the consistency, and w for that of the clean branch. The "
-         "chosen one is large. Between two points of a front lie networks that toss a coin; a point below the front of "
-         "its method is a setting that such a coin beats.")
+         "chosen one is large. A point on the line between two networks is reached by using one or the other at random "
+         "for each image. A setting below the line of its method is worse than such a mixture.")
 def draw_front(records):
     "Worst-case against clean accuracy: all fronts, then the runs of each method before the others' fronts: a figure."
     methods = grouped(records, lambda r: r["config"]["method"])

@@ -244,11 +244,11 @@ def at_once(self: Study, jobs: int | str) -> int:
 
 @patch
 def alone(self: Study, *run) -> dict | str | None:
-    "A run, on a CPU with one thread: its record, or None if time is up, or why training has failed."
+    "A run, on a CPU with one thread: its record, or None if time is up, or why it has failed."
     with one_thread(self.device):
         try:
             return self.run(*run)
-        except (FloatingPointError, RuntimeError) as error:
+        except (FloatingPointError, RuntimeError, ValueError) as error:
             return str(error)
 
 

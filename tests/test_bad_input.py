@@ -107,6 +107,8 @@ COMMANDS = [
     (["train", "TRADES", "--set", "schedule=cosine"], "unknown schedule 'cosine'"),
     (["train", "TRADES", "--set", "val_size=5000"], "cannot hold 5000"),
     (["train", "TRADES", "--set", "seed=1"], "seed has a place of its own in the command"),
+    (["train", "TRADES", "--set", "dataset=svhn"], "dataset has a place of its own in the command"),
+    (["train", "TRADES", "--set", "lr=0.1", "--set", "lr=0.2"], "setting 'lr=0.2': lr is given twice"),
     (["train", "TRADES", "--set", "epoch=3"], "unknown parameter 'epoch': did you mean 'epochs'"),
     (["train", "TRADES", "--time-limit", "soon"], "time limit is 'soon': expected something like 90s, 9m or 1h30m"),
     (["table", 8], "unknown table 8"),

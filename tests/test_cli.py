@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import advdpnp.cli
 import advdpnp.runs
 from advdpnp.cli import app, import_model, parse_eps, parse_settings, parse_time, plain_errors, run_step
-from advdpnp.data import load_dataset
+from advdpnp.data import averaged, load_dataset
 
 from conftest import files
 
@@ -425,3 +425,33 @@ def test_a_model_is_opened_once(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, [*words.split(), "--report", "page.html", "--quiet"])
     assert done.exit_code == 0, done.output
     assert len(sys.modules["counted"].made) == 1
+
+
+def test_an_interrupted_report_is_written_by_the_same_command_without_new_attacks(here, monkeypatch):
+    words = ["evaluate", "their_models.py:linear", "--dataset", "digits", "--attacks", "fgsm", "--images", 20,
+             "--report", "page.html", "--output", "net.json"]
+    monkeypatch.setattr(sys, "argv", ["advdpnp", *map(str, words)])
+    with monkeypatch.context() as patched:
+        patched.setattr(advdpnp.cli, "write_report", interrupted)
+        assert run(*words).exit_code == 130
+    written = (here / "net.json").stat().st_mtime_ns
+    done = run(*words)
+    assert done.exit_code == 0 and (here / "page.html").exists(), done.output
+    assert (here / "net.json").stat().st_mtime_ns == written
+    assert "net.json is there already" in run(*words[:-4], *words[-2:]).stderr
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_what_is_there_is_packed_when_a_plan_stops_at_a_choice(clone, monkeypatch):
+    monkeypatch.delitem(advdpnp.runs.CHOSEN, "quick")
+    done = run("numbers", "quick", "--pack", clone / "taken")
+    assert done.exit_code == 1 and "CHOSEN" in done.stderr and (clone / "taken/pack-0000").exists()
+
+
+def test_a_record_of_smaller_images_finds_them():
+    small = averaged(load_dataset("digits"), 4)
+    record = dict(dataset="digits-4px", data_sha256=small.sha256)
+    assert advdpnp.cli.data_of(record, "digits", Path("data")).sha256 == small.sha256

@@ -36,6 +36,12 @@ def test_what_is_broken_is_named_and_the_command_fails(tmp_path):
     assert "mine" in lines[0] and "table1.quick.json" in lines[1] and "quick-s0" in lines[2]
 
 
+def test_in_a_terminal_each_finding_has_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    lines = CliRunner().invoke(app, ["doctor", "--data-dir", str(tmp_path)]).stdout.splitlines()
+    assert len([line for line in lines if line.split()[0] in ("ok", "note", "broken")]) == len(examine(tmp_path))
+
+
 @pytest.mark.parametrize("torch, vision, says", [
     ("2.13.0+cpu", "0.28.0", ""), ("2.11.0", "0.28.0", "torch 2.11 goes with torchvision 0.26: pip install "),
     ("2.12.1", "0.27.4+cu130", ""), ("3.0.0", "0.40.0", "")])

@@ -569,3 +569,18 @@ def test_the_parameters_of_a_page_are_what_it_expects(page):
     before = {name: value for name, value in given.items() if not name.startswith("_")}
     check_parameters(given, known)
     assert {*before} == {*known} and {name: given[name] for name in known} == before
+
+
+def test_a_folder_that_cannot_be_read_does_not_stop_the_other_runs(few, ledger):
+    bad, good = (make_config("standard", "quick", seed, "cpu") for seed in (0, 1))
+    ledger.folder(bad).mkdir(parents=True)
+    (ledger.folder(bad) / "result.json").write_text("{")
+    with pytest.raises(ValueError, match="result.json is damaged"):
+        ledger.run_all([bad, good], jobs=1)
+    assert ledger.result(good)["config"] == good
+
+
+@pytest.mark.parametrize("jobs", [0, -1, "2", 1.5])
+def test_runs_side_by_side_are_a_whole_number(ledger, jobs):
+    with pytest.raises(ValueError, match="jobs is"):
+        ledger.run_all([make_config("standard", "quick", 0, "cpu")], jobs)

@@ -95,3 +95,12 @@ def test_the_command_shares_the_images_and_goes_on_from_shards_that_are_there(he
     kept.write_text("{}")
     assert run("two.json", "--shards", "2").exit_code == 0 and not kept.exists()
     assert json.loads((here / "two.json").read_text())["verdicts"] == one["verdicts"]
+
+
+def test_a_twin_that_is_not_there_is_said_before_the_first_attack(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(MODELS)
+    words = ["evaluate", "models.py:net", "--dataset", "digits", "--attacks", "fgsm", "--images", "20"]
+    found = CliRunner().invoke(advdpnp.cli.app, [*words, "--shards", "2", "--twin", "models.py:gone"])
+    assert found.exit_code == 1 and "gone" in found.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["models.py"]

@@ -257,3 +257,33 @@ def test_bars_of_several_seeds_are_their_standard_deviation():
     other = row | dict(seed=1, clean=row["clean"] | dict(accuracy=row["clean"]["accuracy"] - 2))
     assert plots.reach([row, other], "clean") == pytest.approx((2**0.5, 2**0.5))
     assert plots.reach([row], "clean")[0] == pytest.approx(row["clean"]["accuracy"] - row["clean"]["low"])
+
+
+def test_a_smaller_request_does_not_take_seeds_from_a_table(tmp_path):
+    (tmp_path / "results").mkdir()
+    kept = tmp_path / "results/table1.quick.json"
+    first = read_json(RESULTS / "table1.quick.json")
+    more = [record | dict(seed=4, config=record["config"] | dict(seed=4)) for record in first]
+    kept.write_text(json.dumps(first + more))
+    table = tables.make_table(1, "quick", seeds="0", use_results=True, device="cpu", data_dir=tmp_path, quiet=True)
+    assert len(table.records) == 2 * len(first) and {r["seed"] for r in json.loads(kept.read_text())} == {0, 4}
+
+
+def test_records_of_other_files_are_named(tmp_path):
+    records = read_json(RESULTS / "table1.quick.json")
+    records[2]["data_sha256"] = "0" * 64
+    done = {(record["method"], 0): record for record in records}
+    plan = tables.plan_table(1, "quick", device="cpu")
+    with pytest.raises(ValueError, match=f"{records[2]['method']}, seed 0 on others than the rest"):
+        tables.write_table(plan, tables.Ledger(tmp_path, "cpu"), done)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("dataset,arch,method,checkpoint,metrics,value,std,source\n", "mine.csv lacks the columns metric: expected"),
+    (",".join(tables.REPORTED) + '\nmoons,a,b,best,clean,"80,1",,c\n', "mine.csv: value is '80,1': expected a number"),
+])
+def test_published_numbers_that_cannot_be_read(tmp_path, text, message):
+    (tmp_path / "reported").mkdir()
+    (tmp_path / "reported/mine.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tables.published("moons", tmp_path)

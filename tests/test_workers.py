@@ -134,3 +134,37 @@ def test_workers_share_the_cores(monkeypatch):
             monkeypatch.setenv("OMP_NUM_THREADS", said)
         with Workers(2) as workers:
             assert workers.submit(0, os.getenv, ["OMP_NUM_THREADS"]).result() == found
+
+
+def stop_once(folder, number):
+    "A piece of work; whoever does the first one ends its worker, as `kill` does."
+    if not (folder / "stopped").exists():
+        (folder / "stopped").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    (folder / str(number)).touch()
+
+
+def test_a_worker_that_is_asked_to_stop_is_replaced_and_its_work_is_done(tmp_path):
+    with Workers(1) as workers:
+        assert workers.do(stop_once, [(tmp_path, number) for number in range(6)]) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"stopped", *"012345"}
+
+
+def interrupt(parent):
+    os.kill(parent, signal.SIGINT)
+    time.sleep(60)
+
+
+def test_an_interrupted_command_does_not_wait_for_its_workers():
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
+        workers.do(interrupt, [(os.getpid(),), (os.getpid(),)])
+    assert time.monotonic() - began < 30  # and not for a minute
+
+
+def test_a_worker_that_has_just_died_does_not_cost_the_others_their_time_to_save(monkeypatch):
+    gone = mock.Mock(_processes=[2**22 + 1])
+    workers = Workers(1)
+    workers.processes[0] = gone
+    workers.stop([])
+    gone.shutdown.assert_called_once()
