@@ -34,6 +34,8 @@ class CifarResNet(ResNet):
         in_chans: int = 3,  # 1 for grey images
         **kwargs,  # of timm's ResNet: num_classes, drop_rate, ...
     ):
+        if not 1 <= len(layers) == len(channels) <= 4:
+            raise ValueError(f"layers are {layers} and channels {channels}: expected as many of each, 1 to 4")
         if channels[0] % 2:
             # timm's deep stem takes half of them
             raise ValueError(f"channels begin with {channels[0]}: expected an even number")
@@ -86,7 +88,7 @@ def _resnet8(name, width, pretrained, **kwargs):
 
 @register_model
 def cifar_resnet8(pretrained=False, width=16, **kwargs) -> CifarResNet:
-    "ResNet-8: three stages of one block, `width`, 2 `width` and 4 `width` channels; 16 or more on CPUs (oneDNN 6035)."
+    "ResNet-8: a block in each of three stages. On CPUs, PyTorch may crash with a width below 16 (oneDNN issue 6035)."
     return _resnet8("cifar_resnet8", width, pretrained, **kwargs)
 
 

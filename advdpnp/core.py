@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import signal
+import site
 import sys
 import sysconfig
 import threading
@@ -79,8 +80,11 @@ def number(
     "A number as one of Python's own; a ValueError if it is none."
     found = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if isinstance(found, bool) or not isinstance(found, (numbers.Real, Decimal)):
-        raise ValueError(f"{what} is {value!r}: expected {such_as}")
-    return int(found) if isinstance(found, numbers.Integral) else float(found)
+        raise ValueError(f"{what} is {shown(value)}: expected {such_as}")
+    try:
+        return int(found) if isinstance(found, numbers.Integral) else float(found)
+    except OverflowError as error:
+        raise ValueError(f"{what} is {shown(value)}: expected {such_as}") from error
 
 
 def whole(
@@ -90,12 +94,13 @@ def whole(
     "A whole number as one of Python's own; a ValueError if it is none."
     found = number(value, what, "a whole number")
     if found % 1 != 0:  # also for infinity and NaN
-        raise ValueError(f"{what} is {value!r}: expected a whole number")
+        raise ValueError(f"{what} is {shown(value)}: expected a whole number")
     return int(found)
 
 # %% ../nbs/90_core.ipynb #c0e75acc
 _OURS = Path(advdpnp.__file__).parent
-_LIBRARIES = [Path(sysconfig.get_path(which)) for which in ("stdlib", "purelib", "platlib")]
+_LIBRARIES = {*map(Path, [*(sysconfig.get_path(which) for which in ("stdlib", "purelib", "platlib")),
+                           *site.getsitepackages(), site.getusersitepackages()])}
 
 
 def place_of(
@@ -124,7 +129,7 @@ def remove_abandoned(folder: Path):
         with suppress(OSError):  # somebody writes it, or it is not ours to remove
             ours = named and (named[1].startswith(_HERE) or time.time() - part.stat().st_mtime > 3600)
             if ours and part.is_file():  # another machine's locks may not be seen here, so its parts stay for an hour
-                with open(part, "rb") as file:
+                with open(part, "rb+") as file:  # NFS locks only what may be written
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     part.unlink()
 
@@ -190,6 +195,8 @@ def replacing(path):
                 os.fsync(file.fileno())
             os.replace(part, path)
     except OSError as error:
+        if isinstance(error.filename, (str, Path)) and Path(error.filename) not in (part, path, *path.parents):
+            raise  # of another file, which the block wanted
         raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):
@@ -243,9 +250,12 @@ def write_json(
     seal: bool = True,  # with a checksum, if it is an object
 ):
     "Write a value as JSON, whole or not at all."
+    seal = seal and isinstance(value, dict) and bool(value)
+    if seal and "checksum" in value:
+        raise ValueError(f"{path}: an entry may not be called checksum, because one is added")
     text = as_json(value, indent=1)
     with replacing(path) as part:
-        part.write_text(sealed(text) if seal and isinstance(value, dict) and value else text)
+        part.write_text(sealed(text) if seal else text)
 
 # %% ../nbs/90_core.ipynb #8a2bc5ee
 def sha256_of(
@@ -327,7 +337,8 @@ def plain_name(
 ) -> str:
     "Return `name` if it can be the name of a file, else raise a ValueError."
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+=, ()\[\]-]{0,199}", name):
-        raise ValueError(f"{what} is {shown(name)}: expected a name of letters, digits and .+-_ without slashes")
+        raise ValueError(f"{what} is {shown(name)}: expected a name of 1 to 200 letters, digits, "
+                         f"spaces and .+-_=,()[], that begins with a letter, a digit or _")
     return name
 
 # %% ../nbs/90_core.ipynb #a65a86a6
@@ -367,8 +378,8 @@ def signals_wait():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+        if came:  # also after an error, which it would else be lost behind
+            signal.raise_signal(came[0])
 
 # %% ../nbs/90_core.ipynb #fa107b33
 @contextmanager
@@ -462,7 +473,7 @@ def pick_device(
     available, expected = torch.cuda.is_available(), "expected auto, cpu, cuda, or cuda:1 and so on"
     try:
         found = torch.device(("cuda" if available else "cpu") if device == "auto" else device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device is {device!r}: {expected}") from error
     if found.type not in DEVICES:
         raise ValueError(f"device is {str(device)!r}: {expected}")

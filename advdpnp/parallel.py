@@ -32,8 +32,11 @@ def together(
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torchrun did not start this process: start it "
+                         f"with torchrun, or unset WORLD_SIZE")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")  # an error if there are fewer
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield device

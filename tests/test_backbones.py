@@ -121,7 +121,7 @@ def test_every_name_is_tested_here():
 
 def test_an_odd_width_is_refused():
     with pytest.raises(ValueError, match="channels begin with 15: expected an even number"):
-        CifarResNet(channels=(15, 30, 60))
+        CifarResNet((1, 1, 1), (15, 30, 60))
 
 
 def test_no_pretrained_weights_are_promised():

@@ -1,11 +1,14 @@
 "What a full disk, a damaged file, another process or a wrong clock does: it is found and named, and nothing is lost."
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import random
 import resource
 import shutil
+import signal
+import site
 import subprocess
 import time
 from dataclasses import replace
@@ -18,7 +21,7 @@ import torch
 import advdpnp.data
 from advdpnp.attacks import FGSM, PGD
 from advdpnp.autoattack import AutoAttack
-from advdpnp.core import _HERE, read_json, replacing, write_json
+from advdpnp.core import _HERE, place_of, read_json, replacing, signals_wait, write_json
 from advdpnp.corruptions import corrupted_images
 from advdpnp.data import load_dataset
 from advdpnp.evaluation import Resume
@@ -338,3 +341,39 @@ def test_states_of_older_versions_go_on(digits, tmp_path):
     trainer(digits, tmp_path / "half", lr=2.0, epochs=3).fit()
     for name in ("best.safetensors", "last.safetensors"):
         assert files(tmp_path / "half")[name] == files(tmp_path / "through")[name]
+
+
+def test_what_a_killed_process_left_is_removed_from_nfs_too(tmp_path, monkeypatch):
+    "There an exclusive lock needs a file that is open for writing (flock(2))."
+    flock = fcntl.flock
+
+    def on_nfs(file, operation):
+        if operation & fcntl.LOCK_EX and not file.writable():
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", on_nfs)
+    part = tmp_path / f".record.{_HERE}00000.part.json"
+    part.write_text("half")
+    write_json(tmp_path / "record.json", dict(n=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_file_that_a_block_wanted_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.txt"), replacing(tmp_path / "out.txt") as part:
+        part.write_text((tmp_path / "gone.txt").read_text())
+    assert not [*tmp_path.iterdir()]
+
+
+def test_ctrl_c_is_not_lost_behind_an_error():
+    with pytest.raises(KeyboardInterrupt), signals_wait():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("the loss is not finite")
+
+
+def test_a_user_s_libraries_are_libraries(tmp_path):
+    code = compile("def fails():\n    raise KeyError\n", f"{site.getusersitepackages()}/torch/x.py", "exec")
+    exec(code, names := {})
+    with pytest.raises(KeyError) as error:
+        names["fails"]()
+    assert Path(__file__).name in place_of(error.value)

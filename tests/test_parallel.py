@@ -16,7 +16,7 @@ from advdpnp.attacks import PGD
 from advdpnp.core import seeded
 from advdpnp.data import load_dataset
 from advdpnp.methods import METHODS, make_net
-from advdpnp.parallel import my_rows, noise_of_my_rows, share, share_batch_norms
+from advdpnp.parallel import my_rows, noise_of_my_rows, share, share_batch_norms, together
 from advdpnp.runs import Ledger, make_config
 from advdpnp.training import Trainer
 
@@ -207,3 +207,19 @@ def test_every_process_has_random_numbers_of_its_own_for_what_the_network_draws(
         monkeypatch.setattr("advdpnp.training.share", lambda: (rank, 1))
         trainer.step(x, y)
     assert len(set(seeds)) == 4 and seeds[0] == seeds[1]
+
+
+def test_processes_that_torchrun_did_not_start_are_told_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but torchrun did not start this process"), together("cpu"):
+        pass
+
+
+def test_more_processes_than_gpus_are_told_how_many_there_are(monkeypatch):
+    for name, value in dict(WORLD_SIZE="4", LOCAL_RANK="3").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RuntimeError, match="there are 2 GPUs here"), together("cuda"):
+        pass

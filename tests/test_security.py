@@ -155,10 +155,10 @@ NAMES = ["../../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:\\x", "x\0y"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_leads_out_of_its_folder(tmp_path, name):
-    with pytest.raises(ValueError, match="expected a name of letters"):
+    with pytest.raises(ValueError, match="expected a name of 1 to 200 letters"):
         plain_name(name, "name")
     config = make_config("standard", "quick", device="cpu")
-    with pytest.raises(ValueError, match="name of the network is .*: expected a name of letters"):
+    with pytest.raises(ValueError, match="name of the network is .*: expected a name of 1 to 200 letters"):
         publish(Ledger(tmp_path, "cpu"), config, name) if name else plain_name(name, "name of the network")
     try:  # a data set may be named by where it lies; its runs are not there
         config = make_config("standard", "quick", device="cpu", dataset=name)

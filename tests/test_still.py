@@ -1,6 +1,7 @@
 "A model held still: the same function, folded only where that is exact, and nothing is left behind."
 import copy
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -453,7 +454,10 @@ def test_a_function_finds_its_network_in_a_file_and_deep_in_a_dictionary(tmp_pat
 
     their_nets.net = plain().train()
     before, deep = their_nets.net[1].running_mean.clone(), {"a": {"b": {"c": [their_nets.net]}}}
-    for function in (lambda x: their_nets.net(x), lambda x: deep["a"]["b"]["c"][0](x)):
+    monkeypatch.setattr(their_nets, "inner", types.ModuleType("inner"), raising=False)
+    their_nets.inner.net = their_nets.net
+    for function in (lambda x: their_nets.net(x), lambda x: deep["a"]["b"]["c"][0](x),
+                     lambda x: their_nets.inner.net(x), lambda x: torch.cat([their_nets.net(p) for p in x.split(8)])):
         PGD(0.1, steps=2)(function, X, Y)
         assert torch.equal(their_nets.net[1].running_mean, before) and their_nets.net.training
     assert modules_of(lambda x: F.relu(torch.stack([x]))) == []
