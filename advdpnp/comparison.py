@@ -9,6 +9,7 @@ __all__ = ['spread', 'mcnemar', 'paired', 'holm', 'Seen', 'seen_in', 'by_seed', 
 
 # %% ../nbs/69_comparison.ipynb #69a00003
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,10 +85,13 @@ def seen_in(
     record: dict,  # from `evaluate`, or another record that says something of single images
 ) -> dict[str, Seen]:  # by metric
     "What a record says of single images; a ValueError if nothing."
+    if "data_sha256" not in record:
+        raise ValueError("the record does not say of which data it is: add data_sha256=dataset.sha256")
     images = dict(data_sha256=record["data_sha256"], subset=record.get("subset"))
     if "accuracy" in record:  # under common corruptions
         counts, conditions = counts_in(record).numpy(), sum(map(len, record["accuracy"].values()))
-        made = dict(source=record["source"], recipe=record.get("recipe"), corruptions=sorted(record["accuracy"]))
+        made = {key: record.get(key) for key in ("source", "recipe", "recipe_seed", "of_sha256", "md5")}
+        made |= dict(corruptions=sorted(record["accuracy"]))
         return dict(corruptions=Seen(counts / conditions, images | made))
     attacks = {name: metric["attack"] for name, metric in record.get("metrics", {}).items() if "attack" in metric}
     budgets = sorted({(attack.get("norm"), attack["eps"]) for attack in attacks.values()})
@@ -106,6 +110,8 @@ def by_seed(
 ) -> dict[int, dict]:  # seed to what is seen
     "What the records of one model say, seed by seed."
     records = [records] if isinstance(records, dict) else records
+    if not records:
+        raise ValueError("a model has no records: expected one, or one a seed")
     if any("best" in r and which not in r for r in records):
         raise ValueError("its last epoch was not measured")
     found = {r["seed"] if "config" in r else i: seen_in(r[which] if which in r else r) for i, r in enumerate(records)}
@@ -128,7 +134,7 @@ def matched(
         for seen in runs.values():
             if differs := differing(expected, seen[metric].about):
                 raise ValueError(f"{as_text(first)} and {as_text(name)} cannot be compared under {as_text(metric)}: "
-                                 f"{differs}")
+                                 f"{differs} (there: {as_text(first)}, here: {as_text(name)})")
     shared = sorted(set.intersection(*({*runs} for runs in having.values())))
     if not shared:
         raise ValueError(f"{', '.join(map(as_text, having))} have no seed in common: expected runs of the same seeds")
@@ -151,9 +157,10 @@ def compare_pair(
 ) -> list[dict]:  # rows of a `Comparison`
     "Two models compared under every metric that both have, for the seeds that both have."
     pair, rows = {name: models[name] for name in (a, b)}, []
+    attacks = [{metric for seen in runs.values() for metric in seen} - {"prototype"} for runs in pair.values()]
     for metric in dict.fromkeys(metric for runs in pair.values() for seen in runs.values() for metric in seen):
         values = matched(pair, metric)
-        if len(values) == 2:
+        if len(values) == 2 and (metric != "worst" or attacks[0] == attacks[1]):
             seeds, images = values[a].shape
             accuracies = {f"accuracy_{x}": float(100 * values[name].mean()) for x, name in (("a", a), ("b", b))}
             rows.append(dict(metric=metric, a=a, b=b) | accuracies | paired(values[a], values[b])
@@ -171,7 +178,8 @@ def notes_on(
                for name, r in first.items()}
     shared, every = set.intersection(*metrics.values()), set.union(*metrics.values())
     having = lambda metric: " and ".join(as_text(name) for name in models if metric in metrics[name])
-    return [f"The attack {as_text(metric)} was run on {having(metric)} only; it is a part of their worst case."
+    so = lambda metric: "it is a part of their" if metric == "prototype" else "so it is not compared in the"
+    return [f"The attack {as_text(metric)} was run on {having(metric)} only; {so(metric)} worst case."
             for metric in sorted(every - shared)]
 
 
@@ -236,7 +244,8 @@ def in_words(
     "What a comparison has found."
     interval = f"[{row['low']:+.1f}, {row['high']:+.1f}]"
     if row["low"] <= 0 <= row["high"]:
-        return f"no difference seen {interval}: one of up to {max(-row['low'], row['high']):.1f} points may be missed"
+        most = max(-row["low"], row["high"])
+        return f"no difference seen {interval}: a difference of up to {most:.1f} points is not excluded"
     return f"{abs(row['difference']):.1f} points {'better' if row['low'] > 0 else 'worse'} {interval}"
 
 # %% ../nbs/69_comparison.ipynb #69a00040
@@ -357,9 +366,8 @@ def read_models(
                 raise ValueError(f"{path} is not a record of accuracies: expected a file of advdpnp evaluate, of a run "
                                  "or of a table")
             found.append((str(record.get("method") or record.get("model") or path.stem), path, record))
-    models = {}
-    for name, path, record in found:
-        seed = record["seed"] if "config" in record else None
-        twice = sum((n, r.get("seed") if "config" in r else None) == (name, seed) for n, _, r in found) > 1
-        models.setdefault(f"{name} ({path})" if twice else name, []).append(record)
+    counts = Counter((name, record["seed"] if "config" in record else None) for name, _, record in found)
+    twice, models = {name for (name, _), count in counts.items() if count > 1}, {}
+    for name, path, record in found:  # all seeds of a file stay together
+        models.setdefault(f"{name} ({path})" if name in twice else name, []).append(record)
     return models

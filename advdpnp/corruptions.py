@@ -8,9 +8,9 @@ __all__ = ['CORRUPTIONS', 'RED_GREEN_BLUE', 'STANDARD', 'GROUPS', 'BLOCK', 'PUBL
            'smear', 'motion_blur', 'weights_of_enlarging', 'enlarge', 'zoom_blur', 'luminance', 'tinted', 'snow',
            'ridges', 'frosted_windows', 'frost', 'clouds', 'fog', 'brightness', 'contrast', 'skewed_places',
            'elastic_transform', 'as_pictures', 'pixelate', 'jpeg_compression', 'whole_numbers', 'check_photos',
-           'corrupt', 'Published', 'md5_of', 'check_published', 'published_files', 'CorruptedImages', 'recipe_of',
-           'at_all_severities', 'make_missing', 'corrupted_images', 'recognised', 'mean_and_interval', 'packed_counts',
-           'counts_in', 'corruption_accuracy']
+           'corrupt', 'corrupt_as', 'Published', 'md5_of', 'check_published', 'published_files', 'CorruptedImages',
+           'recipe_of', 'at_all_severities', 'make_missing', 'corrupted_images', 'recognised', 'mean_and_interval',
+           'packed_counts', 'counts_in', 'corruption_accuracy']
 
 # %% ../nbs/66_corruptions.ipynb #acc61872
 import base64
@@ -381,15 +381,27 @@ def corrupt(
     block: int = 0,  # place of the first image in its data set, divided by `BLOCK`
 ) -> np.ndarray:  # like `images`
     "Corrupted images."
-    check_photos(images)
     place = [*CORRUPTIONS].index(one_of(name, CORRUPTIONS, "corruption"))
+    return corrupt_as(CORRUPTIONS[name], place, images, severity, seed, block)
+
+
+def corrupt_as(
+    one: Corruption,
+    place: int,  # in `CORRUPTIONS`: different corruptions draw different numbers
+    images: np.ndarray,  # as `corrupt` takes the rest
+    severity: int,
+    seed: int,
+    block: int,
+) -> np.ndarray:
+    "Corrupted images; another process need not know the corruption by its name."
+    check_photos(images)
     severity, seed = one_of(whole(severity, "severity"), range(1, 6), "severity"), whole(seed, "seed")
-    setting = CORRUPTIONS[name].settings[severity - 1]
+    setting = one.settings[severity - 1]
     found = np.empty_like(images)
     for begin in range(0, len(images), BLOCK):
         rng = np.random.RandomState(seed_of(seed, place, severity, block + begin // BLOCK) % 2**32)
         x = images[begin : begin + BLOCK] / 255
-        found[begin : begin + BLOCK] = whole_numbers(CORRUPTIONS[name].function(x, setting, rng))
+        found[begin : begin + BLOCK] = whole_numbers(one.function(x, setting, rng))
     return found
 
 # %% ../nbs/66_corruptions.ipynb #a3226cd5
@@ -458,7 +470,7 @@ def published_files(
     names,
 ) -> dict:  # corruption to file
     "The published files; a ValueError names what is missing, damaged, or of other images."
-    files = {name: Path(folder) / f"{name}.npy" for name in names}
+    files = {one_of(name, of.md5, "published corruption"): Path(folder) / f"{name}.npy" for name in names}
     labelled = Path(folder) / "labels.npy"
     for file in (*files.values(), labelled):
         check_published(file, of)
@@ -515,7 +527,8 @@ def at_all_severities(
     done: Callable = lambda: None,  # called after each block
 ) -> np.ndarray:  # (5 N, H, W, C) uint8
     "Images at severity 1 to 5, one after the other."
-    tasks = (delayed(corrupt)(x[i : i + BLOCK], name, severity, seed, i // BLOCK)
+    place = [*CORRUPTIONS].index(one_of(name, CORRUPTIONS, "corruption"))
+    tasks = (delayed(corrupt_as)(CORRUPTIONS[name], place, x[i : i + BLOCK], severity, seed, i // BLOCK)
              for severity in range(1, 6) for i in range(0, len(x), BLOCK))
     found = []
     for images in Parallel(jobs, return_as="generator", max_nbytes=None)(tasks):
@@ -592,7 +605,7 @@ def mean_and_interval(
     if len(scores) == 1:  # nothing is known of others
         return dict(mean=mean, low=0.0, high=100.0)
     half = 1.96 * scores.std().item() / len(scores) ** 0.5
-    return dict(mean=mean, low=mean - half, high=mean + half)
+    return dict(mean=mean, low=max(0.0, mean - half), high=min(100.0, mean + half))
 
 # %% ../nbs/66_corruptions.ipynb #ee2f1dcb
 def packed_counts(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .data import Dataset
-__all__ = ['CORRUPTIONS', 'RED_GREEN_BLUE', 'STANDARD', 'GROUPS', 'BLOCK', 'PUBLISHED', 'Corruption', 'corruption', 'gaussian_noise', 'shot_noise', 'impulse_noise', 'disk', 'defocus_blur', 'gaussian_blur', 'glass_blur', 'smear', 'motion_blur', 'weights_of_enlarging', 'enlarge', 'zoom_blur', 'luminance', 'tinted', 'snow', 'ridges', 'frosted_windows', 'frost', 'clouds', 'fog', 'brightness', 'contrast', 'skewed_places', 'elastic_transform', 'as_pictures', 'pixelate', 'jpeg_compression', 'whole_numbers', 'check_photos', 'corrupt', 'Published', 'md5_of', 'check_published', 'published_files', 'CorruptedImages', 'recipe_of', 'at_all_severities', 'make_missing', 'corrupted_images', 'recognised', 'mean_and_interval', 'packed_counts', 'counts_in', 'corruption_accuracy']
+__all__ = ['CORRUPTIONS', 'RED_GREEN_BLUE', 'STANDARD', 'GROUPS', 'BLOCK', 'PUBLISHED', 'Corruption', 'corruption', 'gaussian_noise', 'shot_noise', 'impulse_noise', 'disk', 'defocus_blur', 'gaussian_blur', 'glass_blur', 'smear', 'motion_blur', 'weights_of_enlarging', 'enlarge', 'zoom_blur', 'luminance', 'tinted', 'snow', 'ridges', 'frosted_windows', 'frost', 'clouds', 'fog', 'brightness', 'contrast', 'skewed_places', 'elastic_transform', 'as_pictures', 'pixelate', 'jpeg_compression', 'whole_numbers', 'check_photos', 'corrupt', 'corrupt_as', 'Published', 'md5_of', 'check_published', 'published_files', 'CorruptedImages', 'recipe_of', 'at_all_severities', 'make_missing', 'corrupted_images', 'recognised', 'mean_and_interval', 'packed_counts', 'counts_in', 'corruption_accuracy']
 @dataclass(frozen=True)
 class Corruption:
     function: Callable
@@ -48,6 +48,7 @@ def whole_numbers(x: np.ndarray) -> np.ndarray: ...
 def check_photos(images: np.ndarray): ...
 BLOCK: int
 def corrupt(images: np.ndarray, name: str, severity: int, seed: int=0, block: int=0) -> np.ndarray: ...
+def corrupt_as(one: Corruption, place: int, images: np.ndarray, severity: int, seed: int, block: int) -> np.ndarray: ...
 @dataclass(frozen=True)
 class Published:
     folder: str

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'SUBSET_SEED', 'wilson', 'standard_attacks', 'described', 'percent', 'accuracy', 'worst_case', 'packed',
            'unpacked', 'verdicts_in', 'logit_range', 'OtherEvaluation', 'Resume', 'check_scale', 'as_pixels',
-           'batches_of', 'pair_of', 'as_dataset', 'ready', 'check_names', 'image_order', 'Plan', 'make_plan',
-           'images_of', 'code_of_package', 'source_of', 'probed', 'clean_logits', 'survivors', 'attacked', 'metrics_of',
-           'trusted', 'checked', 'started', 'evaluate', 'evaluate_again', 'attack_shard', 'merge_shards',
-           'accuracy_table', 'check_table', 'report', 'budget_text', 'robustbench_info']
+           'batches_of', 'own_generator', 'pair_of', 'as_dataset', 'ready', 'check_names', 'image_order', 'Plan',
+           'make_plan', 'images_of', 'code_of_package', 'source_of', 'probed', 'clean_logits', 'survivors', 'attacked',
+           'metrics_of', 'trusted', 'checked', 'started', 'check_twin_of', 'evaluate', 'evaluate_again', 'attack_shard',
+           'merge_shards', 'accuracy_table', 'check_table', 'report', 'budget_text', 'robustbench_info']
 
 # %% ../nbs/60_evaluation.ipynb #f7b4265b
 import base64
@@ -34,7 +34,7 @@ from .attacks import check_labels, cross_entropy, margin, on_logits, robust_to, 
 from .core import as_text, differing, markdown, number, one_of, own_randomness, read_json, whole, write_json
 from .data import ROUNDING, Dataset, Loader, as_array, as_labels, channels_last, in_parts, lacking
 from .data import stratified_order
-from .still import as_module, device_of, full_precision, held_still, search_precision
+from .still import ModelFails, as_module, device_of, full_precision, held_still, search_precision
 
 # %% ../nbs/60_evaluation.ipynb #90deafdd
 def wilson(
@@ -68,10 +68,9 @@ def described(attack) -> dict:
         known = described(attack.attack) | dict(name=attack.name, eps=attack.eps, norm=attack.norm)
         package = type(attack.attack).__module__.split(".")[0]
         return known | {"class": f"{package}.{known['class']}"} if package in ("torchattacks", "foolbox") else known
-    if dataclasses.is_dataclass(attack):
-        return {"class": type(attack).__qualname__} | dataclasses.asdict(attack)
-    settings = {}
-    for key, value in getattr(attack, "__dict__", {}).items():
+    fields = dataclasses.fields(attack) if dataclasses.is_dataclass(attack) else ()
+    given, settings = {f.name: getattr(attack, f.name) for f in fields} or getattr(attack, "__dict__", {}), {}
+    for key, value in given.items():
         if isinstance(value, (str, bool, type(None))):
             settings[key] = value
         elif getattr(value, "ndim", 0) == 0 and isinstance(value, (int, float, np.number, torch.Tensor)):
@@ -258,6 +257,24 @@ def batches_of(
     else:
         yield from data
 
+# %% ../nbs/60_evaluation.ipynb #87176f32
+@contextmanager
+def own_generator(
+    data,  # see `batches_of`
+    seed: int,
+):
+    "Inside, the generator of a `DataLoader`, if it has one, starts from `seed`; outside, nothing has changed."
+    generator = getattr(data, "generator", None)
+    if not isinstance(generator, torch.Generator):
+        yield
+        return
+    state = generator.get_state()
+    try:
+        generator.manual_seed(seed)
+        yield
+    finally:
+        generator.set_state(state)
+
 # %% ../nbs/60_evaluation.ipynb #30ce32ae
 EXPECTED = "expected a Dataset, a pair (images, labels), or batches of such pairs, as a DataLoader gives them"
 
@@ -271,7 +288,7 @@ def pair_of(
         named = f"{data!r}, the name of one, which load_dataset takes" if isinstance(data, (str, Path)) else ""
         raise ValueError(f"the data set is {named or type(data).__name__}: {EXPECTED}")
     images, labels = [], []
-    with own_randomness(torch.device("cpu"), 0):
+    with own_randomness(torch.device("cpu"), 0), own_generator(data, 0):
         for batch in batches_of(data):
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise ValueError(f"a batch of the data set is {type(batch).__name__}: {EXPECTED}")
@@ -404,7 +421,7 @@ def make_plan(
         if count is not None and whole(count, what) < 1:
             raise ValueError(f"{what} is {count}: expected at least 1")
     n = int(min(images or len(dataset.y_test), len(dataset.y_test)))
-    limits = {attack.name: int(min(limits.get(attack.name, n), n)) for attack in attacks}
+    limits = {a.name: n if limits.get(a.name) is None else int(min(limits[a.name], n)) for a in attacks}
     fewest = min([n, *limits.values()])
     return Plan(dataset, attacks, image_order(dataset, n, fewest), limits, int(min(check_images, fewest)),
                 int(batch_size), whole(seed, "seed"), device)
@@ -418,10 +435,15 @@ def subset(self: Plan) -> dict | None:
 
 @patch
 def remarks(self: Plan) -> list[str]:
-    "A sentence for each number of images among which some class is lacking."
+    "A sentence for each number of images among which some class is lacking, and one if budgets differ."
     counts = sorted({self.images, *self.limits.values()}, reverse=True)
     y, names = self.dataset.y_test, self.dataset.class_names
-    return [said for n in counts if (said := lacking(y, self.order[:n], names, "test images"))]
+    said = [lacking(y, self.order[:n], names, "test images") for n in counts]
+    budgets = {(attack.eps, getattr(attack, "norm", "linf")) for attack in self.attacks}
+    if len(budgets) > 1:
+        most = trusted(self.attacks)
+        said.append(f"The sanity checks are of the budget {most.eps:.4g} in {most.norm} alone.")
+    return [*filter(None, said)]
 
 # %% ../nbs/60_evaluation.ipynb #e849c0be
 def images_of(
@@ -565,7 +587,7 @@ def trusted(
 ) -> PGD:
     "The PGD that the sanity checks use."
     plain = [attack for attack in attacks if type(attack) is PGD]
-    strongest = max(plain or attacks, key=lambda attack: attack.eps)
+    strongest = max(plain or attacks, key=lambda a: (a.eps, getattr(a, "steps", 0), getattr(a, "restarts", 1)))
     return strongest if plain else PGD(strongest.eps, norm=getattr(strongest, "norm", "linf"))
 
 # %% ../nbs/60_evaluation.ipynb #27699107
@@ -599,6 +621,22 @@ def started(
     with full_precision(), held_still(model, next(iter(plan.loader(8)))[0]) as still:
         yield plan, still, clean_logits(still, plan), torch.from_numpy(plan.dataset.y_test[plan.order])
 
+# %% ../nbs/60_evaluation.ipynb #6f736e0c
+def check_twin_of(
+    twin: nn.Module | None,  # the same architecture, undefended
+    plan: Plan,
+    classes: int,  # of the model
+):
+    "Raise a ValueError if the checks cannot ask the undefended network."
+    if twin is None:
+        return
+    try:
+        found = all_logits(twin, plan.loader(1)).shape[1]
+    except ModelFails as error:
+        raise ValueError(f"the twin cannot be asked about these images: {error}") from error
+    if found != classes:
+        raise ValueError(f"the twin has another number of classes than the model: {found}, not {classes}")
+
 # %% ../nbs/60_evaluation.ipynb #9c0249a1
 def evaluate(
     model,  # images in [0, 1] to logits, on any device: an nn.Module, or a function
@@ -619,8 +657,7 @@ def evaluate(
     began, model = time.monotonic(), as_module(model)
     asked = attacks, images, limits, check_images, batch_size, seed
     with started(model, dataset, *asked) as (plan, still, logits, labels):
-        if twin is not None and all_logits(twin, plan.loader(1)).shape[1] != logits.shape[1]:
-            raise ValueError("the twin has another number of classes than the model")
+        check_twin_of(twin, plan, logits.shape[1])
         kept = Resume(resume, plan.key(logits, probed(still, plan)), deadline, began)
         after, verdicts = attacked(still, plan, logits.argmax(1) == labels, kept, quiet, title)
     data = plan.dataset
@@ -719,7 +756,7 @@ def check_table(
 def report(
     record: dict,  # from `evaluate`
 ) -> str:  # Markdown
-    "A record as two tables: accuracies, and the outcome of every check; between them what is to be remarked."
+    "A record as two tables: accuracies, and the outcome of every check; remarks between them."
     checks = ["", *check_table(record["checks"])] if "checks" in record else []
     remarks, of = record.get("remarks", []), record.get("subset")
     if of and record["n"] < of["of"]:

@@ -59,8 +59,9 @@ class ByClass:
     ):
         self.features, self.labels = as_array(features, "features").astype(float), as_labels(labels)
         classes, self.place, self.counts = np.unique(self.labels, return_inverse=True, return_counts=True)
-        if len(classes) < 2 or self.counts.min() < 2:
-            raise ValueError(f"features of {len(classes)} classes, of the rarest {self.counts.min()}: expected two "
+        rarest = min(self.counts, default=0)
+        if len(classes) < 2 or rarest < 2:
+            raise ValueError(f"features of {len(classes)} classes, of the rarest {rarest}: expected two "
                              f"classes and two features of each")
         self.means = np.stack([self.features[self.place == k].mean(0) for k in range(len(classes))])
 
@@ -143,7 +144,7 @@ def discriminability(
     features: torch.Tensor,  # (N, d)
     labels: torch.Tensor,  # (N,) int64, at least two of every class that occurs
     prototypes: torch.Tensor | None = None,  # (K, d)
-    logits: torch.Tensor | None = None,  # (N, K)
+    logits=None,  # (N, K): a tensor or an array
 ) -> dict:  # name to number; `per_class`: name to a list, one number for each class that occurs
     "How compact classes are, how far apart, and how well that tells them apart."
     groups = ByClass(features, labels)
@@ -151,7 +152,7 @@ def discriminability(
     if prototypes is not None:
         per_class |= about_prototypes(groups, prototypes)
     if logits is not None:
-        per_class["linear"] = 100 * groups.average(logits.argmax(1).cpu().numpy() == groups.labels)
+        per_class["linear"] = 100 * groups.average(as_array(logits, "logits").argmax(1) == groups.labels)
     found = separation(groups, per_class["within"].mean())
     found |= {name: values.mean() for name, values in per_class.items()}  # every class counts the same
     return {name: float(value) for name, value in found.items()} | dict(

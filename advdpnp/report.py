@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MEANINGS', 'FACTORS', 'SHARPEST', 'SIDE', 'MIDDLE', 'STYLE', 'PAGE', 'LARGEST', 'one_record', 'budget_words',
            'setting_of', 'listed', 'label_of', 'first_answer', 'second_answer', 'meanings', 'ladder', 'ladder_budgets',
-           'looked_at', 'Look', 'prototypes_of', 'look_at', 'look', 'Subject', 'subject', 'Table', 'Panel', 'Section',
-           'plain', 'data_uri', 'drawn', 'paper', 'attack_rows', 'finished', 'plot_attacks', 'plot_curve',
-           'end_of_curve', 'by_class', 'plot_classes', 'confusion', 'busiest', 'mistakes', 'plot_matrix',
+           'looked_at', 'Look', 'prototypes_of', 'look_at', 'look', 'Subject', 'check_same_model', 'subject', 'Table',
+           'Panel', 'Section', 'plain', 'data_uri', 'drawn', 'paper', 'attack_rows', 'finished', 'plot_attacks',
+           'plot_curve', 'end_of_curve', 'by_class', 'plot_classes', 'confusion', 'busiest', 'mistakes', 'plot_matrix',
            'confidence_of', 'calibration', 'plot_reliability', 'lead_of', 'plot_spread', 'plot_plane', 'distances_of',
            'plot_distances', 'pullers', 'png_of', 'pieces', 'Card', 'sureness', 'card_of', 'extremes', 'several',
            'attack_section', 'check_section', 'curve_section', 'matrix_panels', 'class_section', 'limits_of',
@@ -37,11 +37,11 @@ from .attacks import PGD, Ascent, Found, ThreatModel, Draws, as_given, climb_unt
 from .comparison import compare, in_words
 from .core import one_of, own_randomness, read_json, replacing
 from .data import Dataset, Loader, stratified_order
-from .evaluation import as_dataset, images_of, standard_attacks, verdicts_in
+from .evaluation import as_dataset, described, images_of, standard_attacks, verdicts_in
 from .geometry import onto_plane, own_and_rival
 from .plots import ADVERSARIAL, CLEAN, styles, theme
 from .runs import PRESETS
-from .sanity import grey_budget
+from .sanity import failed, grey_budget
 from .still import as_module, device_of, full_precision, held_still, logits_of, unwrapped
 from .tables import LABELS
 
@@ -105,15 +105,15 @@ def first_answer(
     if not (worst and at):
         return f"{said}; no attack was run, so nothing is known about robustness."
     attacks = {name: m["attack"] for name, m in record["metrics"].items() if "attack" in m}
-    budgets = {(a["eps"], a.get("norm", "linf")): budget_words(a["eps"], at["eps"], at["norm"])
+    budgets = {(a["eps"], a.get("norm", "linf")): budget_words(a["eps"], a["eps"], a.get("norm", "linf"))
                for a in attacks.values()}
     norms = {norm: {"linf": "ℓ∞", "l2": "ℓ2"}.get(norm, norm) for _, norm in budgets}
     where = listed([f"{text} in {norms[norm]}" for (_, norm), text in budgets.items()])
     few = "" if worst["n"] == clean["n"] else f" of the {worst['n']:,} that all attacks saw"
-    each = "each of " * (len(attacks) > 1)
-    return (f"{said}, and {worst['correct']:,}{few} ({worst['accuracy']:.1f}%, 95% interval {worst['low']:.1f} to "
-            f"{worst['high']:.1f}) still are under {each}{listed([label_of(name) for name in attacks])} with a budget "
-            f"of {where}.")
+    every = "every one of " * (len(attacks) > 1)
+    return (f"{said}. {worst['correct']:,}{few} ({worst['accuracy']:.1f}%) survive {every}"
+            f"{listed([label_of(name) for name in attacks])}. The budget is {where}; the 95% interval is "
+            f"{worst['low']:.1f}% to {worst['high']:.1f}%.")
 
 # %% ../nbs/77_report.ipynb #5ca16f5c
 MEANINGS = {
@@ -136,7 +136,8 @@ MEANINGS = {
     "loss": "An attack on the margin breaks far more than one on the cross-entropy: the loss hides its gradient.",
     "transfer": "Images made for another network break more than attacks on this one, so its gradient is hidden.",
     "steps": "Attacks with more steps still break more images: the attack was stopped too early.",
-    "budget": "With a budget that allows plain grey, images still survive. No model can do that, so the attack fails.",
+    "budget": "Accuracy rises with the budget, or more images survive plain grey than one class has. No model can do "
+              "that, so the attack fails.",
     "twin": "The attack does not even break an undefended network, so it is too weak or does not work here.",
     "square": "A search without gradients breaks images that attacks with them do not: the gradient is hidden.",
 }
@@ -153,10 +154,9 @@ def second_answer(
     run = len(checks) - len(skipped)
     left = f" ({len(skipped)} more could not be run: {listed(skipped)})" if skipped else ""
     if bad:
-        return (f"This is not to be believed as it is: of {run} checks that look for false robustness, {len(bad)} "
-                f"failed ({listed(bad)}), and what that means is said below{left}.")
-    return (f"Nothing speaks against this number: {run} checks that look for false robustness were run, and none "
-            f"failed{left}.")
+        return (f"Read this number with care: of {run} checks that look for false robustness, {len(bad)} failed "
+                f"({listed(bad)}). What that means is said below{left}.")
+    return f"No check speaks against this number: {run} that look for false robustness were run, none failed{left}."
 
 # %% ../nbs/77_report.ipynb #17512fb2
 def meanings(record: dict) -> list[tuple[str, str]]:  # name, and what it means
@@ -299,6 +299,21 @@ class Subject:
     line: str = "-"
     seconds: float = 0.0  # that the look took
 
+# %% ../nbs/77_report.ipynb #d7ac1e9e
+def check_same_model(
+    seen: Look,
+    record: dict,  # see `one_record`
+    said: dict,  # place of an image to whether it is right, by the record
+):
+    "Raise a ValueError if a model gets other images right than its record says."
+    if "deterministic" in failed(record.get("checks", [])):
+        return
+    now = seen.clean.argmax(1).numpy() == seen.labels
+    others = sum(said[place] != bool(right) for place, right in zip(seen.places.tolist(), now))
+    if others > max(1, len(now) // 50):
+        raise ValueError(f"the model is not the one that the record is of: of {len(now)} images, it gets {others} "
+                         f"right or wrong that the record has the other way round")
+
 # %% ../nbs/77_report.ipynb #a4d476ab
 def subject(
     name: str,
@@ -313,6 +328,8 @@ def subject(
     if dataset is not None:
         images_of(record, dataset)
     seen = None if model is None or dataset is None or setting_of(record) is None else look(model, dataset, record)
+    if seen and "clean" in right:
+        check_same_model(seen, record, dict(zip(images_of(record, dataset).tolist(), right["clean"].tolist())))
     return Subject(name, record, dataset, seen, right=right, seconds=time.monotonic() - began, **more)
 
 # %% ../nbs/77_report.ipynb #8eec0113
@@ -366,7 +383,7 @@ def data_uri(content: bytes, kind: str) -> str:
 def drawn(
     figure,  # of matplotlib; closed
 ) -> str:  # a data URI
-    "A figure as SVG, or as PNG if that is smaller."
+    "A figure as SVG, or as PNG if the SVG has more than `SHARPEST` bytes."
     file, kind = io.BytesIO(), "svg+xml"
     figure.savefig(file, format="svg", metadata={"Date": None})
     if file.tell() > SHARPEST:
@@ -444,8 +461,9 @@ def plot_curve(
         ax.plot(found[across], found[up], marker=s.marker if key == "curve" else None, ms=4, ls=s.line,
                 color=s.colour, label=plain(s.name, 24))
     at = setting_of(subjects[0].record)
-    mark = at["eps"] if key == "curve" else subjects[0].record["path"]["steps"][-1] / 2
-    ax.axvline(mark, color="0.45", ls=":", lw=1)
+    marks = [setting_of(s.record)["eps"] if key == "curve" else s.record["path"]["steps"][-1] / 2 for s in subjects]
+    for mark in dict.fromkeys(marks[::-1]):  # the first model's last
+        ax.axvline(mark, color="0.45", ls=":", lw=1)
     last = max(s.record["curve"]["eps"][-1] for s in subjects)
     ax.set(ylim=(-2, 102), ylabel="accuracy (%)", xlabel="budget" if key == "curve" else "steps of PGD")
     if key == "curve" and last > 4 * mark:  # small budgets would be one line at the edge
@@ -465,17 +483,18 @@ def end_of_curve(s: Subject) -> str:
         return f"{budget}, as it must be: every image can be broken if enough is allowed."
     passed = next((c["passed"] for c in s.record.get("checks", []) if c["name"] == "budget"), None)
     why = {True: "what is left is no more than one gets by always saying the same, so this is no sign of a fault.",
-           False: "what is left is more than one gets by always saying the same: the attack does not work.",
+           False: "the check of the curve failed: it rises somewhere, or ends above what one gets by always saying "
+                  "the same, so the attack does not work.",
            None: "what is left must not be more than one gets by always saying the same."}[passed]
     return (f"{budget}. The curve does not end near zero. With this budget any image can be turned into plain grey; "
             f"{why}")
 
 # %% ../nbs/77_report.ipynb #52763749
 def by_class(
-    s: Subject,  # with verdicts and a data set
+    s: Subject,  # with verdicts of attacks, and a data set
 ) -> list[dict]:  # name, n, clean, robust (per cent), the most fragile class first
     "Clean and worst-case accuracy of each class, over the images that all attacks saw."
-    robust = s.right.get("worst", s.right["clean"])
+    robust = s.right["worst"]
     labels = s.data.y_test[images_of(s.record, s.data)][: len(robust)]
     clean = s.right["clean"][: len(robust)]
     rows = [dict(name=plain(s.data.class_names[k], 24), n=int((labels == k).sum()),
@@ -820,14 +839,15 @@ def matrix_panels(subjects: list[Subject], s: Subject) -> list[Panel]:
 # %% ../nbs/77_report.ipynb #7c902380
 def class_section(subjects: list[Subject], most: int = 40) -> Section | None:
     "Accuracy of each class, and what attacked images are taken for."
-    section, found = Section("Classes"), [(s, by_class(s)) for s in subjects if s.right and s.data]
+    section, found = Section("Classes"), [(s, by_class(s)) for s in subjects if s.data and "worst" in s.right]
     order = [*dict.fromkeys(row["name"] for _, rows in found for row in rows)]  # that of the first model, for all
     for s, rows in found:
         rows.sort(key=lambda row: order.index(row["name"]))
         ends = rows if len(rows) <= most else rows[: most // 2] + rows[-(most // 2):]
         if len(rows) > most:
-            section.said.append(f"Of {len(rows)} classes, the {most // 2} that are broken most and least are shown.")
-        n = len(s.right.get("worst", s.right["clean"]))
+            section.said.append(f"Of {len(rows)} classes, the {most // 2} broken most and the {most // 2} broken least "
+                                "are shown.")
+        n = len(s.right["worst"])
         few = n < s.record["n"]
         section.said += [several(subjects, f"Counted are the {n:,} images that all attacks saw.", s)] if few else []
         alt = ", ".join(f"{row['name']} {row['clean']:.0f}% to {row['robust']:.0f}%" for row in ends[:12])
@@ -965,14 +985,15 @@ def comparison_section(
                     "difference excludes zero.", *(plain(note, 300) for note in found.notes)]
     section.tables.append(Table("Differences on the same images", head, rows))
     a, b = subjects[:2]
-    if a.data is not None and a.right and b.right:
+    paired = any({r.a, r.b} == {a.name, b.name} for r in found.rows.itertuples())
+    if paired and a.data is not None and a.right and b.right:
         if unlike := [unlike_card(a, b, i) for i in disagreements(a, b)]:
             section.cards.append((f"Images on which {plain(a.name, 40)} and {plain(b.name, 40)} disagree most", unlike))
     return section
 
 # %% ../nbs/77_report.ipynb #1081d09b
 def command_of(record: dict) -> str:  # see `one_record`
-    "The command that makes a record again; empty if it has attacks that no command has."
+    "The command that makes a record again; empty if no command makes its attacks or has its images."
     config, at = record.get("config"), setting_of(record)
     if record.get("command"):
         return record["command"]
@@ -982,7 +1003,12 @@ def command_of(record: dict) -> str:  # see `one_record`
         return shlex.join(["advdpnp", "train", str(config["method"]), "--preset", str(config["preset"]), "--seed",
                            str(config["seed"]), "--dataset", str(config.get("dataset", record["dataset"])), *changed])
     attacks = {name: m["n"] for name, m in record["metrics"].items() if "attack" in m}
-    if at and not {*attacks} <= {attack.name for attack in standard_attacks(at["eps"], at["norm"], prototypes=True)}:
+    standard = {a.name: described(a) for a in standard_attacks(at["eps"], at["norm"], True)} if at else {}
+    for name in attacks:
+        made, usual = record["metrics"][name]["attack"], standard.get(name, {})
+        if not usual or any(made.get(key) != value for key, value in usual.items() if key != "seed"):
+            return ""
+    if record["dataset"] == "images":  # it was given in Python
         return ""
     words = ["advdpnp", "evaluate", str(record.get("model", "MODEL")), "--dataset", str(record["dataset"])]
     words += ["--eps", repr(at["eps"]), "--norm", at["norm"], "--attacks", ",".join(attacks)] if at else []
@@ -1103,6 +1129,8 @@ PAGE = """<!doctype html>
 def lacking_words(subjects: list[Subject]) -> list[str]:
     "What the page does not show, and what is needed for it."
     said = []
+    if any(setting_of(s.record) is None for s in subjects):
+        return ["Accuracies of classes, confidence, pictures and prototypes are left out: no attack was run."]
     if not all(s.data for s in subjects):
         said.append("Accuracies of classes and pictures of images are left out: the data set is needed for them.")
     elif not all(s.right for s in subjects):
@@ -1219,7 +1247,12 @@ def report(
 ) -> Report:
     "A record as a page to read; a ValueError if record, model and data set do not belong together."
     began = time.monotonic()
-    record = read_json(record) if isinstance(record, (str, Path)) else record
+    opened = lambda r: read_json(r) if isinstance(r, (str, Path)) else r
+    record = opened(record)
+    if isinstance(record, (list, tuple)):
+        record = [*map(opened, record)]
+    elif all(isinstance(each, (str, Path, dict, list)) for each in record.values()):
+        record = {name: opened(each) for name, each in record.items()}
     by_name = isinstance(record, dict) and all(isinstance(each, (dict, list)) for each in record.values())
     records = record if by_name else None
     given = list(record) if isinstance(record, (list, tuple)) else [record]

@@ -6,7 +6,7 @@ import torch
 from .attacks import PGD, Draws
 from .data import Dataset
 from .plots import CLEAN
-__all__ = ['MEANINGS', 'FACTORS', 'SHARPEST', 'SIDE', 'MIDDLE', 'STYLE', 'PAGE', 'LARGEST', 'one_record', 'budget_words', 'setting_of', 'listed', 'label_of', 'first_answer', 'second_answer', 'meanings', 'ladder', 'ladder_budgets', 'looked_at', 'Look', 'prototypes_of', 'look_at', 'look', 'Subject', 'subject', 'Table', 'Panel', 'Section', 'plain', 'data_uri', 'drawn', 'paper', 'attack_rows', 'finished', 'plot_attacks', 'plot_curve', 'end_of_curve', 'by_class', 'plot_classes', 'confusion', 'busiest', 'mistakes', 'plot_matrix', 'confidence_of', 'calibration', 'plot_reliability', 'lead_of', 'plot_spread', 'plot_plane', 'distances_of', 'plot_distances', 'pullers', 'png_of', 'pieces', 'Card', 'sureness', 'card_of', 'extremes', 'several', 'attack_section', 'check_section', 'curve_section', 'matrix_panels', 'class_section', 'limits_of', 'confidence_section', 'prototype_section', 'picture_section', 'disagreements', 'unlike_card', 'comparison_section', 'command_of', 'provenance_section', 'lacking_words', 'sections_of', 'Report', 'models_of', 'names_of', 'rendered', 'subjects_of', 'report']
+__all__ = ['MEANINGS', 'FACTORS', 'SHARPEST', 'SIDE', 'MIDDLE', 'STYLE', 'PAGE', 'LARGEST', 'one_record', 'budget_words', 'setting_of', 'listed', 'label_of', 'first_answer', 'second_answer', 'meanings', 'ladder', 'ladder_budgets', 'looked_at', 'Look', 'prototypes_of', 'look_at', 'look', 'Subject', 'check_same_model', 'subject', 'Table', 'Panel', 'Section', 'plain', 'data_uri', 'drawn', 'paper', 'attack_rows', 'finished', 'plot_attacks', 'plot_curve', 'end_of_curve', 'by_class', 'plot_classes', 'confusion', 'busiest', 'mistakes', 'plot_matrix', 'confidence_of', 'calibration', 'plot_reliability', 'lead_of', 'plot_spread', 'plot_plane', 'distances_of', 'plot_distances', 'pullers', 'png_of', 'pieces', 'Card', 'sureness', 'card_of', 'extremes', 'several', 'attack_section', 'check_section', 'curve_section', 'matrix_panels', 'class_section', 'limits_of', 'confidence_section', 'prototype_section', 'picture_section', 'disagreements', 'unlike_card', 'comparison_section', 'command_of', 'provenance_section', 'lacking_words', 'sections_of', 'Report', 'models_of', 'names_of', 'rendered', 'subjects_of', 'report']
 def one_record(record: dict) -> dict: ...
 def budget_words(budget: float, eps: float, norm: str='linf') -> str: ...
 def setting_of(record: dict) -> dict | None: ...
@@ -47,6 +47,7 @@ class Subject:
     marker: str = 'o'
     line: str = '-'
     seconds: float = 0.0
+def check_same_model(seen: Look, record: dict, said: dict): ...
 def subject(name: str, record: dict, model=None, dataset: Dataset | None=None, **more) -> Subject: ...
 @dataclass
 class Table:

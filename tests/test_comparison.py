@@ -194,3 +194,27 @@ def test_worst_cases_of_other_budgets_are_not_compared(runs):
     theirs["best"]["metrics"] = renamed
     with pytest.raises(ValueError, match="cannot be compared under worst: budgets"):
         compare(dict(ours=ours, theirs=theirs))
+
+
+def test_worst_cases_under_other_attacks_are_not_compared(runs):
+    (ours,), (theirs,) = runs["MART"], runs["TRADES"]
+    theirs = copy.deepcopy(theirs)
+    metrics = theirs["best"]["metrics"]
+    theirs["best"]["metrics"] = {name.replace("pgd20", "pgd50"): metric for name, metric in metrics.items()}
+    found = compare(dict(ours=ours, theirs=theirs))
+    assert "worst" not in {*found.rows["metric"]} and "autoattack" in {*found.rows["metric"]}
+    assert "The attack pgd50 was run on theirs only; so it is not compared in the worst case." in found.notes
+
+
+def test_corruptions_of_other_draws_are_not_compared():
+    record = read_json(TABLE.with_name("table4.quick.json"))[0]
+    record = {key: value for key, value in record.items() if key != "config"}
+    with pytest.raises(ValueError, match="recipe_seed"):
+        compare(dict(a=record, b=record | dict(recipe_seed=7)))
+
+
+def test_models_without_records_are_refused(runs):
+    with pytest.raises(ValueError, match="has no records"):
+        compare(dict(a=[], b=runs["TRADES"]))
+    with pytest.raises(ValueError, match="add data_sha256=dataset.sha256"):
+        compare(dict(a=dict(accuracy={}), b=dict(accuracy={})))

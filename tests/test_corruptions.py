@@ -384,11 +384,13 @@ def test_an_interruption_costs_one_corruption(tmp_path, monkeypatch, error, wher
     dataset, names, folder = in_pieces(30, (8, 8, 3)), ["fog", "contrast", "brightness"], tmp_path / "mine-C-30"
     calls, save = [], np.save
 
-    def stopping(images, name, *place):
-        calls.append(name)
+    real, name_of = corruptions.corrupt_as, lambda place: [*corruptions.CORRUPTIONS][place]
+
+    def stopping(one, place, *rest):
+        calls.append(name_of(place))
         if where == "images" and len(calls) == 8:
             raise error
-        return corrupt(images, name, *place)
+        return real(one, place, *rest)
 
     def half(path, array):
         save(path, array)
@@ -396,7 +398,7 @@ def test_an_interruption_costs_one_corruption(tmp_path, monkeypatch, error, wher
             Path(path).write_bytes(Path(path).read_bytes()[:1000])
             raise error
 
-    monkeypatch.setattr(corruptions, "corrupt", stopping)
+    monkeypatch.setattr(corruptions, "corrupt_as", stopping)
     monkeypatch.setattr(np, "save", half)
     with pytest.raises(error):
         corrupted_images(dataset, tmp_path, names, quiet=True)
@@ -404,7 +406,7 @@ def test_an_interruption_costs_one_corruption(tmp_path, monkeypatch, error, wher
     monkeypatch.undo()
     before = (folder / "fog.npy").stat().st_mtime_ns
     calls.clear()
-    monkeypatch.setattr(corruptions, "corrupt", lambda *task: calls.append(task[1]) or corrupt(*task))
+    monkeypatch.setattr(corruptions, "corrupt_as", lambda *task: calls.append(name_of(task[1])) or real(*task))
     found = corrupted_images(dataset, tmp_path, names, quiet=True)
     assert calls == 5 * ["contrast"] + 5 * ["brightness"] and found.files["fog"].stat().st_mtime_ns == before
     assert {path.name for path in folder.iterdir()} == {"config.json", *(f"{name}.npy" for name in names)}
@@ -599,3 +601,11 @@ def test_few_images_of_sorted_data_are_of_every_class(digits, tmp_path):
     few = corrupted_images(data, tmp_path, ["contrast"], images=40, quiet=True)
     assert np.bincount(few.dataset.y_test).tolist() == [4] * 10
     assert np.array_equal(few.at("contrast", 3).y_test, few.dataset.y_test)
+
+
+def test_a_corruption_of_one_s_own_is_made_by_several_processes(monkeypatch):
+    own = corruptions.Corruption(lambda x, setting, rng: x / setting, (1, 2, 3, 4, 5), "weather")
+    monkeypatch.setitem(corruptions.CORRUPTIONS, "own", own)
+    x = np.full((2, 8, 8, 3), 200, np.uint8)
+    one, two = (corruptions.at_all_severities(x, "own", jobs=jobs) for jobs in (1, 2))
+    assert np.array_equal(one, two) and one[-1, 0, 0, 0] == 40

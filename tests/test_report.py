@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import advdpnp.report
 from advdpnp.cli import app, parse_eps
 from advdpnp.core import read_json, write_json
-from advdpnp.evaluation import evaluate, images_of, verdicts_in
+from advdpnp.autoattack import AutoAttack
+from advdpnp.evaluation import described, evaluate, images_of, verdicts_in
 from advdpnp.report import LARGEST, command_of, first_answer, look, report, second_answer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -62,11 +63,12 @@ def test_the_answer_comes_first_and_is_the_record(page, measured):
     first, second = re.findall("<p>(.*?)</p>", body)[:2]
     assert first == first_answer(record) and second == second_answer(record)
     assert first.startswith(f"Of 120 images, {clean['correct']} ({clean['accuracy']:.1f}%)")
-    assert f"and {worst['correct']} ({worst['accuracy']:.1f}%, 95% interval {worst['low']:.1f}" in first
+    assert f". {worst['correct']} ({worst['accuracy']:.1f}%) survive every one of" in first
+    assert f"the 95% interval is {worst['low']:.1f}%" in first
     assert "FGSM and PGD-20" in first and "0.2" in first
 
 
-@pytest.mark.parametrize("passed, words", [(False, "not to be believed"), (True, "Nothing speaks against"),
+@pytest.mark.parametrize("passed, words", [(False, "Read this number with care"), (True, "No check speaks against"),
                                            (None, "1 more could not be run")])
 def test_the_second_sentence_is_about_the_checks(passed, words):
     checks = [dict(name="noise", passed=passed, found="a", expected="b"),
@@ -81,7 +83,7 @@ def test_a_false_defence_is_not_believed(digits):
         net[1].weight.mul_(1e6)
     record = evaluate(net, digits, [advdpnp.FGSM(0.1)], images=30, quiet=True)
     text = html.unescape(report(record, net, digits).html)
-    assert "not to be believed" in text and "answer failed" in text
+    assert "Read this number with care" in text and "answer failed" in text
     assert "Logits are so large that the loss has no gradient" in text
 
 
@@ -268,7 +270,43 @@ def test_a_record_is_made_again_with_the_same_budget_and_numbers(measured):
     record = measured[1]
     words = command_of(record).split()
     assert parse_eps(words[words.index("--eps") + 1]) == record["metrics"]["pgd20"]["attack"]["eps"]
-    metrics = copy.deepcopy(record["metrics"]) | dict(autoattack=dict(n=7, attack=dict(eps=0.2, norm="linf")))
+    metrics = copy.deepcopy(record["metrics"]) | dict(autoattack=dict(n=7, attack=described(AutoAttack(0.2))))
     assert "--autoattack-images 7" in command_of(record | dict(metrics=metrics))
+    metrics["pgd20"]["attack"] |= dict(steps=21)  # the command has 20
+    assert command_of(record | dict(metrics=metrics)) == ""
     metrics["mine"] = metrics.pop("pgd20")
     assert command_of(record | dict(metrics=metrics)) == ""
+
+
+def test_a_model_of_another_record_is_refused(measured, digits):
+    net, record = measured
+    with pytest.raises(ValueError, match="the model is not the one that the record is of"):
+        report(record, linear(), digits)
+
+
+def test_files_may_be_given_one_by_one_or_by_name(measured, tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, measured[1])
+    said = first_answer(measured[1]).replace("&", "&amp;")
+    for given in ([file, str(file)], {"ours": file, "theirs": str(file)}):
+        assert report(given).html.count(said) >= 1
+
+
+def test_without_attacks_no_worst_case_is_shown(digits):
+    net = linear()
+    page = report(evaluate(net, digits, images=50, quiet=True), net, digits).html
+    assert "worst case (%)" not in page and "no attack was run" in page
+
+
+def test_of_models_that_share_no_images_none_are_shown_as_different(measured, digits):
+    net, record = measured
+    part = evaluate(net, digits, [advdpnp.FGSM(0.2)], images=30, check_images=5, quiet=True)
+    whole = evaluate(net, digits, [advdpnp.FGSM(0.2)], check_images=5, quiet=True)
+    assert "disagree most" not in report({"a": part, "b": whole, "c": part}, [net] * 3, digits).html
+
+
+def test_a_curve_that_rises_is_not_said_to_end_too_high():
+    from advdpnp.report import Subject, end_of_curve
+
+    curve, failed = dict(eps=[0, 0.1, 0.2, 0.5], accuracy=[98, 40, 44, 9]), dict(name="budget", passed=False)
+    assert "rises somewhere, or ends above" in end_of_curve(Subject("rising", dict(curve=curve, checks=[failed])))

@@ -10,7 +10,7 @@ from advdpnp.attacks import CW, FGSM, PGD
 from advdpnp.autoattack import AutoAttack
 from advdpnp.data import Loader
 from advdpnp.evaluation import evaluate, images_of
-from advdpnp.sanity import check_attacks, check_budget, check_square, check_steps, failed, robustness_curve
+from advdpnp.sanity import check_attacks, check_budget, check_mode, check_square, check_steps, failed, robustness_curve
 from test_evaluation import fitted
 
 
@@ -165,3 +165,15 @@ def test_autocast_inside_a_model_is_said(linear, digits):
 
     checks = evaluate(Mixed(), digits, [FGSM(0.1)], images=20, quiet=True)["checks"]
     assert "computes in bfloat16" in next(check["found"] for check in checks if check["name"] == "precision")
+
+
+def test_dropout_of_attention_and_recurrence_counts_as_training_mode():
+    net = nn.Sequential(nn.Flatten(), nn.LSTM(64, 10, dropout=0.5, num_layers=2)).eval()
+    net[1].train()
+    assert "changed: 1" in check_mode(net)["found"]
+
+
+def test_any_pgd_is_compared_with_one_step(linear, digits):
+    record = evaluate(linear, digits, [FGSM(0.1), PGD(0.1, steps=40), CW(0.1, steps=40)], images=50, quiet=True)
+    passed = {check["name"]: check["passed"] for check in record["checks"]}
+    assert passed["iterations"] and passed["loss"] is not None
