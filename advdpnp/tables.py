@@ -649,7 +649,7 @@ def seeds_there(ledger: Ledger, number: int) -> set[int]:
 
 def plan_table(
     number, preset="auto", dataset="", methods="", seeds="auto", device="auto",  # as `table_runs`
-    there: set[int] = frozenset(),  # seeds that it may show, too, see `seeds_there`
+    there=(),  # seeds that it may show, too, see `seeds_there`
 ) -> Plan:
     "What a table is asked for, and what it may show."
     runs = lambda *given: {(row, config["seed"]): config for row, config in table_runs(number, preset, *given, device)}
