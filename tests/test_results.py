@@ -149,8 +149,8 @@ def test_what_is_said_of_full_size_holds(page):
     linear = apart(compare(one, "dual-branch linear").rows, "TRADES")
     assert all(rows[metric].low > 0 for rows in (trades, later, linear) for metric in ("clean", "cw"))
     assert (f"Adv-DPNP is {trades['clean'].difference:.1f} points better than TRADES on clean images and "
-            f"{trades['cw'].difference:.1f} under C&W. The linear layer is better by {linear['clean'].difference:.1f} and "
-            f"{linear['cw'].difference:.1f}; under PGD-20 it is level") in prose
+            f"{trades['cw'].difference:.1f} under C&W. The linear layer is better by "
+            f"{linear['clean'].difference:.1f} and {linear['cw'].difference:.1f}; under PGD-20 it is level") in prose
     assert linear["pgd20"].low < 0 < linear["pgd20"].high
     assert (f"by {later['clean'].difference:.1f} points on clean images, and {later['cw'].difference:.1f} under C&W"
             in prose)
@@ -309,7 +309,7 @@ def test_what_is_said_of_many_classes_is_in_the_records(page):
     behind = pd.concat(ours)
     less = -behind["difference"][behind["difference"] < 0]
     assert len(behind) == 6 and set(behind["seeds"]) == {3} and len(less) == 5 and behind["difference"].max() == 0
-    assert "prototypes are behind dual-branch linear in five of six comparisons, and level in one. None is clear" in prose
+    assert "are behind dual-branch linear in five of six comparisons, and level in one. None is clear" in prose
     alone = behind[behind["adjusted"] < 0.05]
     assert [*alone.index] == ["Adv-DPNP"] and (
         f"{-alone['difference'].item():.1f} points behind (p = {alone['adjusted'].item():.3f})" in prose)
