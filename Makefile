@@ -1,5 +1,5 @@
 # make table1                       train, attack and tabulate on the digits; with a GPU: make table1 ARGS='-p preset fast'
-# make numbers PRESET=small MINUTES=9   every table of a preset, as far as nine minutes go; the same command goes on
+# make numbers PRESET=small MINUTES=9   the plan of a preset, as far as nine minutes go; the same command goes on
 #                                       (PACK=folder: puts what it made into a few files, to take along)
 # make test                         everything that must hold; make kill: what a hundred kills must not change
 # make lab                          JupyterLab on the notebooks
@@ -26,7 +26,7 @@ benchmark: .venv/installed
 
 test: .venv/installed
 	MPLBACKEND=agg $(ONE_THREAD) .venv/bin/nbdev_test --n_workers 2 --timing --skip_file_re '^[_.]|^(table|figure|benchmark)'
-	$(ONE_THREAD) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(ONE_THREAD) .venv/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
 
 # A hundred kills at random moments, a minute or ten: the suite does with eight what this does.
 kill: .venv/installed
@@ -37,9 +37,9 @@ export: .venv/installed
 	.venv/bin/nbdev_export
 	.venv/bin/python nbs/_stubs.py
 
-# Run the notebooks and keep their outputs, without what only scrolled by and of cells tagged no-output.
+# Run pages and keep their outputs (tables, figures 2 to 6 and benchmark: name them with NB=), without what only scrolled by and of cells tagged no-output.
 notebooks: export
-	for nb in $(or $(NB),nbs/[0-9]*.ipynb nbs/figure1.ipynb nbs/table*.ipynb nbs/results.ipynb nbs/promises.ipynb nbs/index.ipynb); do \
+	for nb in $(or $(NB),nbs/[0-9]*.ipynb nbs/figure1.ipynb nbs/cluster.ipynb nbs/evaluate_your_model.ipynb nbs/results.ipynb nbs/promises.ipynb nbs/index.ipynb); do \
 	  $(ONE_THREAD) .venv/bin/jupyter nbconvert --to notebook --inplace --execute $$nb || exit 1; \
 	  .venv/bin/python -c "import nbformat, sys; nb = nbformat.read(sys.argv[1], 4); [c.update(outputs=[o for o in c.outputs if o.get('name') != 'stderr' and 'no-output' not in c.metadata.get('tags', [])]) for c in nb.cells if c.cell_type == 'code']; nbformat.write(nb, sys.argv[1])" $$nb; \
 	done
@@ -47,7 +47,8 @@ notebooks: export
 	$(MAKE) readme
 
 readme: .venv/installed
-	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | sed 's#\.\./data/#data/#g; s#(\([0-9a-z_]*\.ipynb\))#(nbs/\1)#g; /^```$$/{N;s/^```\n\(from\|import\) /```python\n\1 /}' | cat -s > $(README).new
+	.venv/bin/jupyter nbconvert --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags output-only --stdout nbs/index.ipynb | .venv/bin/python -c 'import re, sys; s = sys.stdin.read().replace("../data/", "data/"); s = re.sub(r"\(([0-9a-z_]*\.ipynb)\)", r"(nbs/\1)", s); s = re.sub(r"(?m)^```\n(?=(?:from|import) )", "```python\n", s); sys.stdout.write(re.sub(r"\n{3,}", "\n\n", s))' > $(README).new
+	test -s $(README).new
 	mv $(README).new $(README)
 
 lab: .venv/installed
@@ -56,7 +57,7 @@ lab: .venv/installed
 docs: .venv/installed
 	.venv/bin/python nbs/_site/build.py
 
-.venv/installed: requirements.txt pyproject.toml
+.venv/installed: requirements.txt pyproject.toml tests/torchvision_first.py Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "advdpnp needs Python 3.10 or newer, this is " + sys.version)'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip

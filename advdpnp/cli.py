@@ -837,7 +837,7 @@ def show_bill(
     "advdpnp table 1 --preset quick",
     "advdpnp table 2 --preset paper --plan",
     "advdpnp table 2 --preset fast --time-limit 9m",
-    'advdpnp table 3 --dataset svhn10k --preset small --methods "TRADES, Adv-DPNP" --seeds 0,1,2 --jobs 2',
+    'advdpnp table 3 --preset small --methods "TRADES, Adv-DPNP" --seeds 0,1,2 --jobs 2',
     "advdpnp table 2 --preset paper --cluster slurm --slurm partition=gpu --slurm gpus_per_node=1"))
 def table(
     number: _Number, preset: _Preset = "auto", dataset: _OtherData = "", methods: _Methods = "",
@@ -1034,7 +1034,7 @@ def tables_of(
 def numbers(preset: _Plan, minutes: _Minutes = 1e6, show: _Show = False, pack: _Pack = None, bill: _Bill = False,
             device: _Device = "auto", cluster: _Cluster = "", slurm: _SlurmOptions = None, at_once: _AtOnce = 256,
             no_wait: _NoWait = False):
-    "Make all numbers of a preset, in the root folder of a clone; the same command goes on where it stopped."
+    "Work through the plan of a preset, in the root folder of a clone; the same command goes on where it stopped."
     with plain_errors():
         from advdpnp.runs import PLANS
 

@@ -154,6 +154,8 @@ def locked(
         break
     if not fcntl:
         file.close()  # there, an open file cannot be renamed
+        yield
+        return
     with file:
         yield
 

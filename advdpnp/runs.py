@@ -339,7 +339,7 @@ PLANS = {  # a table, a notebook, an evaluation; "chosen" stops until the search
         ["table", 1, "--methods", "Adv-DPNP, TRADES, dual-branch linear, PGD-AT"], ["table", 1], ["table", 4],
         ["table", 5], ["notebook", "benchmark", "parts=training,photos,costs"], ["table", 1, "--seeds", "0,1,2"],
         ["notebook", "figure1", "preset=fast"], ["chosen"], ["table", 1], ["table", 6], *_EVERY_IMAGE,
-        ["table", 2, "--methods", FEW], ["table", 3, "--methods", FEW, "--dataset", "svhn10k"],
+        ["table", 2, "--methods", FEW], ["table", 3, "--methods", FEW],
         ["table", 1, "--methods", _WITH_EXTRAS], ["table", 7],
         ["notebook", "figure2", "preset=fast", "seeds=0", "use_results=True"],
     ],

@@ -359,6 +359,12 @@ def test_what_a_killed_process_left_is_removed_from_nfs_too(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
+def test_files_are_written_where_there_are_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr("advdpnp.core.fcntl", None)  # Windows
+    write_json(tmp_path / "a.json", dict(n=1))
+    assert read_json(tmp_path / "a.json") == dict(n=1) and os.listdir(tmp_path) == ["a.json"]
+
+
 def test_a_file_that_a_block_wanted_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.txt"), replacing(tmp_path / "out.txt") as part:
         part.write_text((tmp_path / "gone.txt").read_text())

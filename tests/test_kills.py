@@ -170,6 +170,7 @@ class Slow(torch.nn.Module):
         state = pathlib.Path(".out.json.unfinished")
         while pathlib.Path("wait after fgsm").exists() and state.exists() and "fgsm" in state.read_text():
             time.sleep(0.01)
+        open("calls", "a").write(f"{len(x)}\\n")
         return self.net(x)
 
 def slow():
@@ -188,6 +189,14 @@ def test_asked_to_stop_an_evaluation_goes_on(tmp_path, number, code):
     reached = lambda: state.exists() and "fgsm" in state.read_text()
     assert stopped(process, number, reached, wait.unlink) == code
     assert "the same command goes on from here: advdpnp evaluate" in (tmp_path / "said").read_text()
-    process = start(command, tmp_path, *words)
-    process.join()
-    assert process.exitcode == 0 and (tmp_path / "out.json").exists() and not state.exists()
+
+    def images_seen(name):
+        (tmp_path / "calls").unlink()
+        process = start(command, tmp_path, *words[:-1], name)
+        process.join()
+        assert process.exitcode == 0
+        return sum(map(int, (tmp_path / "calls").read_text().split()))
+
+    assert images_seen("out.json") < images_seen("whole.json") and not state.exists()
+    one, whole = (read_json(tmp_path / name) for name in ("out.json", "whole.json"))
+    assert one["verdicts"] == whole["verdicts"]

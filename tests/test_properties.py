@@ -12,7 +12,7 @@ from hypothesis import strategies as some
 from torch.nn import functional as F
 
 from advdpnp.attacks import CW, FGSM, PGD, Draws, ThreatModel
-from advdpnp.autoattack import APGD, Square
+from advdpnp.autoattack import APGD, APGDT, FABT, Square
 from advdpnp.cli import parse_eps, parse_settings, parse_time, parse_value
 from advdpnp.core import differing, flat, read_json, replacing, seed_of, write_json
 from advdpnp.data import stratified_order
@@ -148,7 +148,7 @@ def test_a_projection_leads_inside_and_leaves_what_is_inside(seed, shape, eps, n
 
 
 @few
-@given(seeds, shapes, some.floats(1e-4, 1), norms, some.sampled_from([FGSM, PGD, CW, APGD, Square]))
+@given(seeds, shapes, some.floats(1e-4, 1), norms, some.sampled_from([FGSM, PGD, CW, APGD, APGDT, FABT, Square]))
 def test_attacks_stay_inside_for_any_shape_budget_and_norm(seed, shape, eps, norm, kind):
     attack = kind(eps, norm=norm, **{"queries": 5} if kind is Square else {} if kind is FGSM else {"steps": 3})
     x, y, model = images(seed, shape), labels(seed, shape[0], 3), Linear(shape[1:]).eval()

@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import tarfile
-import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -83,11 +82,10 @@ STATES = {
 @pytest.mark.parametrize("kind", STATES)
 def test_a_state_of_somebody_else_s_making_runs_nothing_and_is_refused(tmp_path, kind):
     STATES[kind](tmp_path / "state.pt", tmp_path / "evil")
-    tracemalloc.start()
-    with pytest.raises(ValueError, match="state.pt is damaged or not the state of a run"):
+    with pytest.raises(ValueError, match="state.pt is damaged or not the state of a run") as found:
         load_state(tmp_path / "state.pt")
-    assert tracemalloc.get_traced_memory()[1] < 20e6 and not (tmp_path / "evil").exists()
-    tracemalloc.stop()
+    assert not (tmp_path / "evil").exists()
+    assert kind != "a bomb" or "it is compressed" in str(found.value)  # refused before it is unpacked
 
 
 def test_a_state_of_another_network_is_refused(digits, tmp_path):

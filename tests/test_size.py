@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from advdpnp.training import Trainer
 DATA = Path(__file__).parent.parent / "data"
 
 
-def test_ten_thousand_records_are_listed_in_two_seconds(tmp_path):
+def test_ten_thousand_records_are_listed_in_four_seconds(tmp_path):
     record = json.loads((DATA / "results/table1.quick.json").read_text())[0]
     ledger, configs = Ledger(tmp_path, "cpu"), [make_config("standard", "quick", s, "cpu") for s in range(10_000)]
     write_json(tmp_path / "result.json", record)
@@ -46,7 +47,7 @@ def test_ten_thousand_records_are_listed_in_two_seconds(tmp_path):
 def many(folder, images, classes, limit):
     "Loader, steps, geometry and evaluation of many images and classes; fails if memory grows by more than `limit`."
     torch.set_num_threads(1)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     before = peak()
     x, y = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 1), np.uint8), np.arange(images) % classes
     data = Dataset("many", x, y, x[: images // 2], y[: images // 2])
