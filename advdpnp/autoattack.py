@@ -590,7 +590,7 @@ class SquareSearch(Search):
         super().__init__(still, x, y, threat, z=start.clone(), margin=lead, changed=torch.zeros_like(y))
         self.change = push_square if threat.norm == "linf" else move_budget
         self.asked = {}  # from a proposal to the number of the query that last asked for it
-        self.note(lead > 0)
+        self.note(lead >= 0)  # a tie may be lost, too
 
 # %% ../nbs/62_autoattack.ipynb #a45a1035
 @patch
@@ -612,7 +612,7 @@ def query(
         r.z[ask] = torch.where(per_image(better), z[ask], r.z[ask])
         r.margin[ask] = torch.where(better, lead, r.margin[ask])
         r.changed[ask] = torch.where(better, number, r.changed[ask])
-        self.note(r.margin > 0)
+        self.note(r.margin >= 0)
 
 # %% ../nbs/62_autoattack.ipynb #d0083bf1
 @dataclass(frozen=True)

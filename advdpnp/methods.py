@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attacks import PGD, ThreatModel, ascend
+from .attacks import PGD, ThreatModel, ascend, settle
 from .core import one_of
 from .losses import CONSISTENCIES, REPULSIONS, adversarial_terms, clean_terms, consistency, weighted_sum
 from .prototypes import Classifier, LinearNet, PrototypeNet
@@ -29,6 +29,7 @@ class Method:
     adversarial = False  # sees adversarial images
 
     def __post_init__(self):
+        settle(self)
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}: expected 0 to 1")
         for field in fields(self):
@@ -57,10 +58,10 @@ class AdversarialMethod(Method):
     adversarial = True
 
     def __post_init__(self):
+        super().__post_init__()
         ThreatModel(self.eps)  # a ValueError for a budget that cannot be
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}: expected at least 1")
-        super().__post_init__()
 
     def draw(self, x, generator):
         "A random point of the unit ball for each image."

@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from torch import nn
 from .saved import Saved
-__all__ = ['PrototypeHead', 'auto_norm', 'regular_simplex', 'Classifier', 'checked_features', 'make_backbone', 'PrototypeNet', 'LinearNet']
+__all__ = ['PrototypeHead', 'auto_norm', 'regular_simplex', 'per_channel', 'Classifier', 'checked_features', 'make_backbone', 'PrototypeNet', 'LinearNet']
 class PrototypeHead(nn.Module):
     directions: Any
     in_features: Any
@@ -16,6 +16,7 @@ class PrototypeHead(nn.Module):
     def forward(self: PrototypeHead, features: torch.Tensor, detach: bool=False) -> torch.Tensor: ...
 def auto_norm(num_classes: int, confidence: float=0.99) -> float: ...
 def regular_simplex(num_classes: int, in_features: int) -> torch.Tensor: ...
+def per_channel(numbers) -> tuple[float, ...]: ...
 class Classifier(Saved):
     backbone: Any
     channels: Any

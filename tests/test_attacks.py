@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import advdpnp.attacks
 from advdpnp.attacks import CW, FGSM, PGD, Draws, PrototypePGD, ThreatModel, check_inside, correct, margin
 from advdpnp.attacks import prototype_distances, robust_to
 from advdpnp.autoattack import APGD, FABT, AutoAttack, Square
@@ -333,3 +334,66 @@ def test_on_a_gpu(net, batch):
     x_adv = PGD(0.1)(net, x, y)
     assert x_adv.is_cuda and (x_adv - x).abs().max() <= 0.1 + 1e-6
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+class Noise(advdpnp.attacks.Attack):
+    "An attack without a name or a budget."
+
+    def perturb(self, still, x, y, draws):
+        return x
+
+
+def test_what_cannot_be_meant_is_refused(digits):
+    with pytest.raises(ValueError, match="step_size is 10: expected at most 1"):
+        PGD(8 / 255, 10)
+    with pytest.raises(ValueError, match="step_size is nan"):
+        PGD(8 / 255, step_size=float("nan"))
+    with pytest.raises(ValueError, match="has no eps"):
+        advdpnp.attacks.as_attack(Noise())
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    with pytest.raises(ValueError, match="shuffles and augments"):
+        correct(net, Loader(digits.x_test, digits.y_test, 128, train=True))
+
+
+def test_an_attack_that_was_made_with_another_model_is_refused(digits):
+    torchattacks = pytest.importorskip("torchattacks")
+    one, other = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval() for _ in range(2))
+    loader = Loader(digits.x_test[:20], digits.y_test[:20], 20)
+    right = correct(other, loader)
+    with pytest.raises(ValueError, match="was made with another model"):
+        robust_to(other, loader, torchattacks.PGD(one, eps=0.1), right, quiet=True)
+    for model in (other, nn.Sequential(other)):
+        robust_to(model, loader, torchattacks.PGD(other, eps=0.1), right, quiet=True)
+
+
+def test_distances_to_prototypes_are_those_of_their_formula():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Module()
+            self.head.prototypes = nn.Parameter(torch.randn(5, 7, generator=torch.Generator().manual_seed(0)))
+            self.head.forward = lambda features: features @ self.head.prototypes.T
+
+        def features(self, x):
+            return x
+
+    net, y = Net(), torch.tensor([0, 1, 2])
+    x = torch.cat([torch.randn(2, 7, generator=torch.Generator().manual_seed(1)), net.head.prototypes[2:3].detach()])
+    x.requires_grad_()
+    _, own, other = prototype_distances(net, x, y)
+    expected = (x[:, None] - net.head.prototypes).norm(dim=2)
+    assert torch.allclose(own, expected[range(3), y], atol=1e-5)
+    assert torch.autograd.grad((other - own).sum(), x)[0].isfinite().all()  # also where a feature is its prototype
+
+
+class Tied(nn.Module):
+    "Where the mean is above a half, both classes have the same logit."
+
+    def forward(self, x):
+        return torch.stack([(x.mean((1, 2, 3)) > 0.5).float(), torch.ones(len(x))], 1)
+
+
+def test_a_tie_that_is_lost_counts_for_square():
+    x, y = torch.full((4, 1, 8, 8), 0.45), torch.ones(4, dtype=torch.long)
+    x_adv = Square(0.2, queries=200)(Tied(), x, y)
+    assert (Tied()(x_adv).argmax(1) != y).all()

@@ -151,6 +151,20 @@ def test_pgd_from_the_image_finds_what_torchattacks_and_foolbox_find(defended, l
     assert (mine - theirs).abs().max() < 1e-6  # eps is a float32 there
 
 
+def test_foolbox_leaves_a_model_where_it_is(digits, monkeypatch):
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 0)  # see conftest.py: foolbox cannot be imported with it
+    import foolbox
+
+    made, seen = foolbox.PyTorchModel, []
+    monkeypatch.setattr(foolbox, "PyTorchModel", lambda *a, **how: seen.append(how["device"]) or made(*a, **how))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    loader = Loader(digits.x_test[:20], digits.y_test[:20], 20)
+    attack = foolbox.attacks.LinfPGD()
+    attack.eps = 0.1
+    robust_to(net, loader, attack, correct(net, loader), quiet=True)
+    assert seen and {str(device) for device in seen} == {"cpu"}
+
+
 @pytest.mark.parametrize("norm, reference", [("linf", projection_linf), ("l2", projection_l2)])
 def test_projection_against_the_official_one(norm, reference):
     random = seeded("cpu", 0)

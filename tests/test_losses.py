@@ -193,3 +193,9 @@ def test_what_methods_need(digits):
         net = make_net(name, "cifar_resnet8", 10, digits.mean, digits.std)
         assert hasattr(net.head, "prototypes") == method.prototypes
         assert method.adversarial == ("eps" in method.__dataclass_fields__)
+
+
+def test_settings_of_methods_are_python_s_own_numbers():
+    assert PGDAT(steps=10.0).steps == 10 and type(PGDAT(steps=np.int64(3)).steps) is int
+    with pytest.raises(ValueError, match="consistency is 'kl'"):
+        AdvDPNP(consistency="kl")

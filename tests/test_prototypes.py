@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from advdpnp.losses import clean_terms, negative_repulsion, weighted_sum
-from advdpnp.prototypes import Classifier, PrototypeHead, PrototypeNet, auto_norm, make_backbone, regular_simplex
+from advdpnp.prototypes import (Classifier, LinearNet, PrototypeHead, PrototypeNet, auto_norm, make_backbone,
+                                regular_simplex)
 
 OPTIMISERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.1),
@@ -118,3 +119,14 @@ def test_a_prototype_norm_is_saved_with_the_weights():
     head, other = PrototypeHead(2, 3, norm=2.0), PrototypeHead(2, 3, norm=7.0)
     other.load_state_dict(head.state_dict())
     assert torch.equal(other(torch.eye(2)), head(torch.eye(2)))
+
+
+@pytest.mark.parametrize("mean, std", [((125.3,), (63.0,)), ((0.5,), (0.0,)), (0.5, float("nan"))])
+def test_statistics_of_another_scale_are_refused(mean, std):
+    with pytest.raises(ValueError, match="expected means from 0 to 1 and positive deviations"):
+        LinearNet("cifar_resnet8", 10, mean=mean, std=std)
+
+
+def test_one_number_is_for_all_channels():
+    net = PrototypeNet("cifar_resnet8", 10, mean=0.5, std=0.25).eval()
+    assert net(torch.rand(2, 1, 8, 8)).shape == (2, 10)

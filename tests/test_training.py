@@ -812,3 +812,58 @@ def test_configurations_that_differ_have_folders_and_hashes_that_differ(tmp_path
                for c in ({}, dict(norm=5.0), dict(lr=0.3), dict(lr=0.3, norm=5.0), dict(seed=1))]
     assert len({ledger.folder(c) for c in configs}) == len({config_hash(c) for c in configs}) == len(configs)
     assert ledger.folder(configs[0]) == tmp_path / "runs/digits/Adv-DPNP-cifar_resnet8-quick-s0"
+
+
+def test_numbers_of_numpy_are_kept_in_a_checkpoint(few, tmp_path):
+    trainer(few, lr=np.float64(0.1), folder=tmp_path).fit(time_limit=0)
+    assert trainer(few, lr=np.float64(0.1), folder=tmp_path).fit()
+    with pytest.raises(ValueError, match="epochs is 2.5: expected a whole number"):
+        trainer(few, epochs=2.5)
+
+
+def test_a_hook_that_changes_its_line_changes_nothing(few, tmp_path):
+    trainer(few, tmp_path, on_epoch=lambda line: line.update(test=np.mean([1, 2]))).fit()
+    assert "test" not in trainer(few, tmp_path).history[0]
+
+
+class Own(torch.nn.Module):
+    "A network of somebody's own, which normalises images in its own way; its head says where a function is."
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = torch.nn.Flatten(), torch.nn.Linear(64, 10)
+        self.head.extra_repr = lambda: f"{len} at {hex(id(self)).upper().replace('X', 'x')}"
+
+    def features(self, x):
+        return self.backbone(x - 0.5)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def own(digits, net, **settings):
+    return Trainer(net, PGDAT(eps=0.2, steps=1), digits, epochs=2, batch_size=32, val_size=40, device="cpu", quiet=True,
+                   **settings)
+
+
+def test_a_network_of_one_s_own_is_saved_and_goes_on(few, tmp_path):
+    own(few, Own(), folder=tmp_path).fit(time_limit=0)
+    assert own(few, Own(), folder=tmp_path).fit()
+
+
+def test_a_run_does_not_go_on_with_another_attack_of_somebody_else_s(few, tmp_path):
+    class Theirs:
+        def __init__(self, eps):
+            self.eps = eps
+
+        def __call__(self, model, x, y):
+            return x
+
+    trainer(few, val_attack=Theirs(0.1), folder=tmp_path).fit(time_limit=0)
+    with pytest.raises(ValueError, match="holds another run"):
+        trainer(few, val_attack=Theirs(0.3), folder=tmp_path)
+
+
+def test_a_network_in_half_precision_is_refused_at_once(few):
+    with pytest.raises(ValueError, match="the network has parameters of torch.bfloat16"):
+        own(few, Own().bfloat16())
