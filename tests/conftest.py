@@ -1,6 +1,7 @@
 import copy
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,10 @@ from advdpnp.data import to_float
 TINY = dict(epochs=1, train_images=200, val_size=50, steps=1, test_images=20, autoattack_images=1, check_images=5)
 
 LONGEST = ("test_table1", "test_autoattack", "test_project", "test_cli")
+
+# What a shell runs in the background ignores Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
