@@ -6,7 +6,7 @@
 __all__ = ['norm_name', 'settle', 'ThreatModel', 'per_image', 'gradient_of', 'Ascent', 'on_logits', 'ascend', 'cross_entropy',
            'margin', 'Draws', 'check_images', 'check_labels', 'check_device', 'narrowed', 'Attack', 'PGD',
            'misclassified', 'goes_on_with', 'Found', 'climb_until_broken', 'FGSM', 'CW', 'prototype_distances',
-           'with_prototypes', 'PrototypePGD', 'as_given', 'all_logits', 'correct', 'Foreign', 'as_attack',
+           'with_prototypes', 'PrototypePGD', 'as_given', 'all_logits', 'correct', 'Foreign', 'as_attack', 'described',
            'check_returned', 'changes_input', 'check_inside', 'broken_by', 'seed_in', 'attack_bar', 'counted',
            'robust_to']
 
@@ -19,6 +19,7 @@ import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -665,6 +666,24 @@ def as_attack(
     "An attack that has a name, a budget and a norm; a ValueError if it cannot say them."
     known = isinstance(attack, Attack) and hasattr(attack, "name") and hasattr(attack, "eps")
     return attack if known or isinstance(attack, Foreign) else Foreign(attack)
+
+# %% ../nbs/30_attacks.ipynb #c017b
+def described(
+    attack,  # or a method
+) -> dict:
+    "Its class and settings, as far as they are plain values."
+    if isinstance(attack, Foreign):
+        known = described(attack.attack) | dict(name=attack.name, eps=attack.eps, norm=attack.norm)
+        package = type(attack.attack).__module__.split(".")[0]
+        return known | {"class": f"{package}.{known['class']}"} if package in ("torchattacks", "foolbox") else known
+    fields = dataclasses.fields(attack) if dataclasses.is_dataclass(attack) else ()
+    given, settings = {f.name: getattr(attack, f.name) for f in fields} or getattr(attack, "__dict__", {}), {}
+    for key, value in given.items():
+        if isinstance(value, (str, bool, type(None))):
+            settings[key] = value
+        elif getattr(value, "ndim", 0) == 0 and isinstance(value, (int, float, np.number, torch.Tensor)):
+            settings[key] = number(value, key)
+    return {"class": type(attack).__qualname__} | {k: v for k, v in settings.items() if not k.startswith("_")}
 
 # %% ../nbs/30_attacks.ipynb #1c2fafca
 def check_returned(

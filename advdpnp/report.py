@@ -33,11 +33,12 @@ import torch
 from jinja2 import Environment
 from PIL import Image
 
-from .attacks import PGD, Ascent, Found, ThreatModel, Draws, as_given, climb_until_broken, margin, on_logits
+from .attacks import PGD, Ascent, Found, ThreatModel, Draws, as_given, climb_until_broken, described
+from .attacks import margin, on_logits
 from .comparison import compare, in_words
 from .core import one_of, own_randomness, read_json, replacing
 from .data import Dataset, Loader, stratified_order
-from .evaluation import as_dataset, described, images_of, standard_attacks, verdicts_in
+from .evaluation import as_dataset, images_of, standard_attacks, verdicts_in
 from .geometry import onto_plane, own_and_rival
 from .plots import ADVERSARIAL, CLEAN, styles, theme
 from .runs import PRESETS

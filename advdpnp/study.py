@@ -25,12 +25,12 @@ from fastcore.basics import patch
 from joblib import Parallel, delayed
 from torch import nn
 
-from .attacks import CW, PGD
+from .attacks import CW, PGD, described
 from .autoattack import APGD
 from .comparison import compare, intervals
 from .core import cores, one_of, own_randomness, read_json, replacing, write_json
 from .data import Dataset, stratified_order
-from .evaluation import described, evaluate_again
+from .evaluation import evaluate_again
 from .plots import WIDTH
 from .prototypes import Classifier, LinearNet
 from .runs import at_work, check_jobs, one_thread, provenance, seconds_left

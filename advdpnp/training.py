@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .attacks import PGD, Foreign, as_attack, correct, robust_to, settle
+from .attacks import PGD, as_attack, correct, described, robust_to, settle
 from .core import claim_folder, close_bar, one_of, own_randomness, packed_weights, pick_device, progress_bar
 from .core import read_weights, replacing, seed_globally, seed_of, seeded, sha256_of, signals_wait
 from .data import Dataset, Loader, Stream, hold_out, to_float
@@ -227,16 +227,6 @@ def record(
 
     return again
 
-# %% ../nbs/50_training.ipynb #f90091b4
-def _named(settings):
-    "The class of a method or an attack, and its settings."
-    if isinstance(settings, Foreign):
-        return _named(settings.attack) | {"name": settings.name, "eps": settings.eps, "norm": settings.norm}
-    fields = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else {
-        name: value for name, value in getattr(settings, "__dict__", {}).items()
-        if isinstance(value, (str, bool, int, float))}
-    return {"class": type(settings).__name__, **fields}
-
 # %% ../nbs/50_training.ipynb #b740ebe4
 class Recorded:
     "A training step that is replayed as one CUDA graph where that can be, and run as it is elsewhere."
@@ -289,7 +279,7 @@ def _record(self: Recorded, x, y, noise):
         cause = str(error.__context__ or error).partition("\n")[0]  # the end of a recording that failed fails, too
         self.why = f"recording failed ({cause})"
         warnings.warn(f"a training step is run as it is, which is slower: {self.why}")
-    self.where, self.settings = self.places(), _named(self.step.method)
+    self.where, self.settings = self.places(), described(self.step.method)
 
 # %% ../nbs/50_training.ipynb #78a32b02
 @patch
@@ -308,8 +298,8 @@ def _call(self: Recorded, x, y, noise):
     before, self.seen = self.seen, x.shape
     if self.why or self.calls < self.first or self.again is None and x.shape != before:
         return self._as_it_is(x, y, noise)
-    changed = self.where != self.places() or self.settings != _named(self.step.method)
-    if self.again is None or changed:  # neither tensors that were replaced nor other settings are in the recording
+    # neither tensors that were replaced nor other settings are in the recording
+    if self.again is None or self.where != self.places() or self.settings != described(self.step.method):
         self._record(x, y, noise)
     if self.why or x.shape != self.given[0].shape:
         return self._as_it_is(x, y, noise)
@@ -570,8 +560,8 @@ def _describe(self: Trainer):
     names = "epochs", "lr", "momentum", "weight_decay", "awp", "ema", "schedule", "precision", "seed"
     source = {"stream": len(self.stream)} if self.stream is not None else {
         "batch_size": self.batch_size, "padding": self.padding, "flip": held.flip}
-    self.config = {"method": _named(self.method), "net": about, "data_sha256": held.sha256,
-                   "val_images": len(held.x_test), "val_attack": _named(self.val_attack),
+    self.config = {"method": described(self.method), "net": about, "data_sha256": held.sha256,
+                   "val_images": len(held.x_test), "val_attack": described(self.val_attack),
                    **{name: getattr(self, name) for name in names}, **source, **(self.config or {})}
 
 # %% ../nbs/50_training.ipynb #95d7f041

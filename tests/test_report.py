@@ -16,7 +16,8 @@ import advdpnp.report
 from advdpnp.cli import app, parse_eps
 from advdpnp.core import read_json, write_json
 from advdpnp.autoattack import AutoAttack
-from advdpnp.evaluation import described, evaluate, images_of, verdicts_in
+from advdpnp.attacks import described
+from advdpnp.evaluation import evaluate, images_of, verdicts_in
 from advdpnp.report import LARGEST, command_of, first_answer, look, report, second_answer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
